@@ -1,0 +1,1099 @@
+#!/usr/bin/env python
+# Copyright 2026 The plaintune authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#   "torch>=2.8", "transformers>=5.17", "datasets", "evaluate", "accelerate", "rouge-score", "nltk", "matplotlib",
+#   "sentencepiece",
+# ]
+# ///
+"""
+Fine-tune T5, or any other encoder-decoder, on summarization, and read the summaries it writes.
+
+One GPU:
+    python run_summarization.py --model_name_or_path t5-small --do_train --do_eval --train_file train.csv \
+        --validation_file validation.csv --source_prefix "summarize: " --output_dir out --optim adafactor \
+        --num_train_epochs 8 --bf16 --per_device_train_batch_size 64 --predict_with_generate
+
+Several GPUs:
+    deepspeed run_summarization.py --deepspeed ds_configs/zero2.json --model_name_or_path t5-large --optim adafactor ...
+
+A smoke run on the CPU, under a minute (no flag says CPU: where there is no accelerator, the script says so itself):
+    python run_summarization.py --model_name_or_path tiny-t5 --do_train --do_eval --train_file train.csv \
+        --validation_file validation.csv --output_dir out --max_steps 20 --max_eval_samples 50 --predict_with_generate
+"""
+
+import argparse
+import atexit
+import csv
+import json
+import logging
+import os
+import re
+import sys
+import time
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import datasets
+import evaluate
+import numpy as np
+import torch
+import transformers
+from datasets import load_dataset
+from transformers import (
+    AutoConfig,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    HfArgumentParser,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    TrainerCallback,
+    set_seed,
+)
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+logger = logging.getLogger(__name__)
+
+# ------------------------------------------------------------------------------------------------ constants
+
+FILE_TYPES = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+
+# Source and summary column of well-known data sets, by their column names, tried in this order.
+KNOWN_COLUMNS = (
+    ("review_body", "review_headline"),
+    ("review_body", "review_title"),
+    ("article", "highlights"),
+    ("document", "summary"),
+    ("dialogue", "summary"),
+    ("article", "summary"),
+    ("text", "summary"),
+    ("description", "abstract"),
+    ("document", "title"),
+    ("text", "title"),
+)
+
+# Flags of older transformers versions and what says the same today.
+REPLACED_FLAGS = {
+    "--overwrite_output_dir": "nothing is overwritten: name another --output_dir or remove the old folder",
+    "--evaluation_strategy": "use --eval_strategy",
+    "--group_by_length": "use --train_sampling_strategy group_by_length",
+    "--warmup_ratio": "use --warmup_steps with a value below 1, e.g. --warmup_steps 0.1",
+    "--logging_dir": "set the environment variable TENSORBOARD_LOGGING_DIR",
+    "--no_cuda": "use --use_cpu",
+    "--use_auth_token": "use --token, or log in with `hf auth login`",
+    "--per_gpu_train_batch_size": "use --per_device_train_batch_size",
+    "--per_gpu_eval_batch_size": "use --per_device_eval_batch_size",
+}
+
+# T5's activations leave fp16's range: the loss turns NaN (https://github.com/huggingface/transformers/issues/4586).
+FP16_OVERFLOWS = ("t5", "mt5", "umt5", "longt5", "switch_transformers", "pix2struct", "udop")
+
+# What must agree between the DeepSpeed file and the flags: the file's keys, the flag, the trainer's field.
+DEEPSPEED_TWINS = (
+    (("train_micro_batch_size_per_gpu",), "per_device_train_batch_size"),
+    (("gradient_accumulation_steps",), "gradient_accumulation_steps"),
+    (("gradient_clipping",), "max_grad_norm"),
+    (("bf16", "enabled"), "bf16"),
+    (("fp16", "enabled"), "fp16"),
+)
+
+# Letters that are written without spaces between words: kana, CJK ideographs, Thai, Lao, Khmer, Burmese.
+UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\u0e00-\u0eff\u1780-\u17ff\u1000-\u109f"
+
+SHOWN_SAMPLES = 5
+
+
+class UsageError(ValueError):
+    """What the user can mend: printed as one message without a traceback, exit code 2."""
+
+
+# ------------------------------------------------------------------------------------------------ arguments
+
+
+@dataclass
+class ModelArguments:
+    """Which model, configuration and tokenizer to fine-tune from."""
+
+    model_name_or_path: str = field(metadata={"help": "A folder with a model, or a model's name on the hub."})
+    config_name: str | None = field(default=None, metadata={"help": "Configuration, if not the model's own."})
+    tokenizer_name: str | None = field(default=None, metadata={"help": "Tokenizer, if not the model's own."})
+    cache_dir: str | None = field(default=None, metadata={"help": "Where downloads are kept."})
+    use_fast_tokenizer: bool = field(default=True, metadata={"help": "Use a tokenizer of the tokenizers library."})
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model on the hub."})
+    token: str | None = field(
+        default=None, metadata={"help": "Hub token for private and gated models; never logged. Default: the login's."}
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run code that comes with a hub model. Only for code you have read."}
+    )
+    resize_position_embeddings: bool | None = field(
+        default=None,
+        metadata={"help": "Resize learned position embeddings where --max_source_length exceeds them (not for T5)."},
+    )
+
+
+@dataclass
+class DataTrainingArguments:
+    """Which data to train and evaluate on, and how it is cut and scored."""
+
+    lang: str | None = field(default=None, metadata={"help": "Language id for mBART-like tokenizers, e.g. en_XX."})
+    dataset_name: str | None = field(default=None, metadata={"help": "A dataset's name on the hub, or a folder."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of that dataset."})
+    text_column: str | None = field(
+        default=None, metadata={"help": "Column of the full texts. Default: a known name, else the first column."}
+    )
+    summary_column: str | None = field(
+        default=None, metadata={"help": "Column of the summaries. Default: a known name, else the second column."}
+    )
+    train_file: str | None = field(default=None, metadata={"help": "Training data: .csv, .json, .jsonl or .parquet."})
+    validation_file: str | None = field(default=None, metadata={"help": "Validation data, same formats."})
+    test_file: str | None = field(default=None, metadata={"help": "Data for --do_predict, same formats."})
+    overwrite_cache: bool = field(default=False, metadata={"help": "Tokenise again instead of using the cache."})
+    preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes for tokenisation."})
+    max_source_length: int = field(default=1024, metadata={"help": "Longest source in tokens; the rest is cut."})
+    max_target_length: int = field(default=128, metadata={"help": "Longest target in tokens; the rest is cut."})
+    val_max_target_length: int | None = field(
+        default=None,
+        metadata={"help": "The same in evaluation, and the length generated. Default: --max_target_length."},
+    )
+    pad_to_max_length: bool = field(
+        default=False, metadata={"help": "Pad to the maximum lengths rather than to the longest row of the batch."}
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use only this many training rows."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Use only this many validation rows."})
+    max_predict_samples: int | None = field(default=None, metadata={"help": "Use only this many test rows."})
+    num_beams: int = field(default=1, metadata={"help": "Beams when generating in evaluation and prediction."})
+    ignore_pad_token_for_loss: bool = field(default=True, metadata={"help": "Leave padding out of the loss."})
+    source_prefix: str | None = field(
+        default=None, metadata={"help": 'Text put before every source; T5 was trained with "summarize: ".'}
+    )
+    forced_bos_token: str | None = field(
+        default=None, metadata={"help": "First generated token, for mBART-like models: the target language."}
+    )
+    rouge_language: str = field(
+        default="en",
+        metadata={
+            "help": "Language ROUGE counts words in: `en` stems as rouge_score does and knows only ASCII; any other "
+            "code counts Unicode words, and single letters of unspaced scripts (Japanese, Chinese, Thai)."
+        },
+    )
+
+    def __post_init__(self):
+        if self.val_max_target_length is None:
+            self.val_max_target_length = self.max_target_length
+
+
+def parse_arguments(argv: list[str]):
+    """
+    Turn the command line, or a .json file and flags after it, into the three argument dataclasses.
+
+    Everything wrong with the arguments is collected and raised as one UsageError before the trainer's arguments are
+    built, because building them already reads the DeepSpeed file and starts the process group.
+    """
+    parser = HfArgumentParser((ModelArguments, DataTrainingArguments, Seq2SeqTrainingArguments))
+    argv = list(argv)
+    replaced = [
+        f"{a} is gone in transformers 5: {REPLACED_FLAGS[f]}" for a in argv if (f := a.split("=")[0]) in REPLACED_FLAGS
+    ]
+    if replaced:
+        raise UsageError("\n".join(replaced))
+    if argv and argv[0].endswith(".json"):
+        take_defaults_from_json(parser, argv.pop(0))
+    namespace = parser.parse_args(argv)
+    on_cpu = namespace.use_cpu or not has_accelerator()
+    if on_cpu:
+        namespace.use_cpu = True
+    problems = find_argument_problems(namespace)
+    if problems:
+        raise UsageError("\n".join(problems))
+    if on_cpu:
+        prepare_cpu(namespace.deepspeed)
+    try:
+        return parser.parse_dict(vars(namespace))
+    except ValueError as error:  # the trainer's own checks speak of its flags
+        raise UsageError(str(error)) from error
+
+
+def take_defaults_from_json(parser: argparse.ArgumentParser, path: str) -> None:
+    """Make the values of a .json argument file the parser's defaults, so that flags after it still count."""
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: cannot be read as a JSON file of arguments: {error}") from None
+    unknown = sorted(set(values) - {action.dest for action in parser._actions})
+    if unknown:
+        raise UsageError(f"{path}: no such argument: {', '.join(unknown)}. `--help` lists all.")
+    for action in parser._actions:
+        action.required = action.required and action.dest not in values
+    parser.set_defaults(**values)
+
+
+def has_accelerator() -> bool:
+    """Whether torch sees a GPU or another device that the trainer would use."""
+    return torch.cuda.is_available() or (hasattr(torch, "accelerator") and torch.accelerator.is_available())
+
+
+def prepare_cpu(deepspeed_config: str | None) -> None:
+    """
+    Make DeepSpeed run on the CPU without variables from the user. Every rank must call it before the model is made.
+
+    ZeRO-3 partitions the model while it is loaded, so the process group has to stand by then (seen on deepspeed
+    0.19.8: without it `train_batch_size 16 != 8 * 1 * 1`). Its shared-memory collectives are switched off in favour
+    of gloo's: they would be compiled on first use (50 s and a compiler), and a process killed meanwhile leaves a
+    lock on which later runs wait in silence.
+    """
+    # Left to itself each rank starts a thread a core; two ranks of ZeRO-3 on two cores are then 3 times slower.
+    threads = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    threads = int(os.environ.setdefault("OMP_NUM_THREADS", str(threads)))
+    torch.set_num_threads(threads)
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"No accelerator in use: running on the CPU (--use_cpu), {threads} threads a process.", flush=True)
+    if deepspeed_config:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        import deepspeed
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed("gloo")
+
+
+# ------------------------------------------------------------------------------------------------ checks
+
+
+def find_argument_problems(args: argparse.Namespace) -> list[str]:
+    """Everything wrong with the arguments as one message each, found without a download or a model."""
+    problems = []
+    if not (args.do_train or args.do_eval or args.do_predict):
+        problems.append("nothing to do: give --do_train, --do_eval or --do_predict")
+    if args.output_dir is None:
+        problems.append("--output_dir is missing: where the model and the results go")
+    for task, split in (("do_train", "train"), ("do_eval", "validation"), ("do_predict", "test")):
+        if getattr(args, task) and args.dataset_name is None and getattr(args, f"{split}_file") is None:
+            problems.append(f"--{task} needs --{split}_file or --dataset_name")
+    for flag in ("train_file", "validation_file", "test_file"):
+        if getattr(args, flag) is not None:
+            problems += [f"--{flag} {p}" for p in find_file_problems(getattr(args, flag), args)]
+    for flag in ("max_source_length", "max_target_length", "num_beams"):
+        if getattr(args, flag) < 1:
+            problems.append(f"--{flag} {getattr(args, flag)}: must be 1 or more")
+    for flag in ("max_train_samples", "max_eval_samples", "max_predict_samples", "preprocessing_num_workers"):
+        if getattr(args, flag) is not None and getattr(args, flag) < 1:
+            problems.append(f"--{flag} {getattr(args, flag)}: must be 1 or more; leave the flag out for all")
+    problems += find_model_problems(args)
+    problems += find_deepspeed_problems(args)
+    if args.output_dir is not None:
+        problems += find_output_problems(args)
+    return problems
+
+
+def find_file_problems(path: str, args: argparse.Namespace) -> list[str]:
+    """What is wrong with one data file, as `path[:line]: what, and the way out`; reads it once, line by line."""
+    file_type = FILE_TYPES.get(Path(path).suffix.lower())
+    if not os.path.isfile(path):
+        return [f"{path}: there is no such file"]
+    if file_type is None:
+        return [f"{path}: unknown ending; known are {', '.join(FILE_TYPES)}"]
+    if os.path.getsize(path) == 0:
+        return [f"{path}: the file is empty"]
+    try:
+        columns, num_rows = {"csv": scan_csv, "json": scan_json, "parquet": scan_parquet}[file_type](path)
+    except UsageError as error:
+        return [str(error)]
+    if num_rows == 0:
+        return [f"{path}: the file holds no rows"]
+    problems = []
+    for flag in ("text_column", "summary_column"):
+        name = getattr(args, flag)
+        if name is not None and name not in columns:
+            problems.append(f"{path}: has no column {name!r} (--{flag}); it has {', '.join(columns)}")
+    if len(columns) < 2:
+        problems.append(f"{path}: needs a column of texts and one of summaries; it has only {', '.join(columns)}")
+    return problems
+
+
+def decode_lines(path: str):
+    """Yield (line number from 1, text) of a UTF-8 file; raises UsageError at the first line that is not UTF-8."""
+    with open(path, "rb") as stream:
+        for number, line in enumerate(stream, 1):
+            try:
+                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise UsageError(
+                    f"{path}:{number}: not UTF-8 (byte {line[error.start]:#04x}); convert it, "
+                    f"e.g. `iconv -f latin1 -t utf-8 {path}`"
+                ) from None
+
+
+def scan_csv(path: str) -> tuple[list[str], int]:
+    """Column names and number of rows of a CSV file; raises UsageError where a row has more fields than columns."""
+    csv.field_size_limit(sys.maxsize)
+    reader = csv.reader(line for _, line in decode_lines(path))
+    columns = next(reader, [])
+    rows = 0
+    for row in reader:
+        rows += bool(row)
+        if len(row) > len(columns):
+            raise UsageError(
+                f"{path}:{reader.line_num}: {len(row)} fields where the header has {len(columns)}; "
+                "put quotes around a field that holds a comma"
+            )
+    return columns, rows
+
+
+def scan_json(path: str) -> tuple[list[str], int]:
+    """Column names and number of rows of a JSONL file or a JSON array of objects; raises UsageError if malformed."""
+    columns, rows, lines = {}, 0, []
+    is_array = None
+    for number, line in decode_lines(path):
+        if is_array is None and line.strip():
+            is_array = line.lstrip().startswith("[")
+        if is_array:
+            lines.append(line)
+        elif line.strip():
+            columns.update(dict.fromkeys(parse_json_object(line, f"{path}:{number}")))
+            rows += 1
+    if is_array:
+        try:
+            array = json.loads("".join(lines))
+        except ValueError as error:
+            raise UsageError(f"{path}: not a JSON array: {error}") from None
+        for i, row in enumerate(array):
+            if not isinstance(row, dict):
+                raise UsageError(f"{path}: element {i} of the array is not an object")
+            columns.update(dict.fromkeys(row))
+        rows = len(array)
+    return list(columns), rows
+
+
+def parse_json_object(line: str, where: str) -> dict:
+    """One line of JSONL; raises UsageError that names `where` if it is no JSON object."""
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise UsageError(f"{where}: malformed JSON ({error}); each line must be one object") from None
+    if not isinstance(row, dict):
+        raise UsageError(f"{where}: not a JSON object but a {type(row).__name__}; each line must be one object")
+    return row
+
+
+def scan_parquet(path: str) -> tuple[list[str], int]:
+    """Column names and number of rows of a Parquet file; raises UsageError if it is none."""
+    import pyarrow.parquet
+
+    try:
+        metadata = pyarrow.parquet.read_metadata(path)
+    except Exception as error:  # pyarrow raises several kinds
+        raise UsageError(f"{path}: cannot be read as Parquet: {error}") from None
+    return metadata.schema.to_arrow_schema().names, metadata.num_rows
+
+
+def find_model_problems(args: argparse.Namespace) -> list[str]:
+    """What is wrong with the model folder, and --fp16 with a model that overflows in it."""
+    name = args.model_name_or_path
+    folder = Path(name)
+    looks_local = folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
+    if looks_local and not (folder / "config.json").is_file():
+        what = "the folder has no config.json" if folder.is_dir() else "there is no such folder"
+        return [f"--model_name_or_path {name}: {what}; give a model folder or a name on the hub"]
+    model_type = name.lower()
+    if looks_local:
+        try:
+            model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type", "")
+        except ValueError as error:
+            return [f"--model_name_or_path {name}: config.json is not JSON: {error}"]
+    is_t5 = model_type in FP16_OVERFLOWS if looks_local else re.search(r"(^|[/_-])(m|um|long|flan-)?t5", model_type)
+    if args.fp16 and is_t5:
+        return ["--fp16: T5 overflows in fp16 and the loss turns NaN; use --bf16"]
+    return []
+
+
+def find_deepspeed_problems(args: argparse.Namespace) -> list[str]:
+    """What is wrong with the DeepSpeed file, and where it contradicts a flag."""
+    path = args.deepspeed
+    if path is None:
+        return []
+    if not os.path.isfile(path):
+        return [f"--deepspeed {path}: there is no such file"]
+    try:
+        config = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        return [f"--deepspeed {path}: not JSON: {error}"]
+    if not isinstance(config, dict):
+        return [f"--deepspeed {path}: not a JSON object"]
+    problems = []
+    for keys, flag in DEEPSPEED_TWINS:
+        value = config
+        for key in keys:
+            value = value.get(key, "auto") if isinstance(value, dict) else "auto"
+        if value != "auto" and value != getattr(args, flag):
+            problems.append(
+                f"--deepspeed {path}: {'.'.join(keys)} is {json.dumps(value)} but --{flag} is {getattr(args, flag)}; "
+                f'make them equal or write "auto"'
+            )
+    if "optimizer" in config and "--optim" in " ".join(sys.argv):
+        problems.append(f"--deepspeed {path}: its optimizer block overrules --optim; remove one of the two")
+    offload = config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
+    if "optimizer" not in config and offload != "none" and config.get("zero_force_ds_cpu_optimizer", True):
+        problems.append(
+            f"--deepspeed {path}: offload_optimizer with --optim {args.optim} needs "
+            '"zero_force_ds_cpu_optimizer": false'
+        )
+    return problems
+
+
+def find_output_problems(args: argparse.Namespace) -> list[str]:
+    """An output folder may be new, empty, or one whose run goes on from a checkpoint; nothing is overwritten."""
+    folder = Path(args.output_dir)
+    if folder.exists() and not folder.is_dir():
+        return [f"--output_dir {folder}: is a file"]
+    held = sorted(entry.name for entry in folder.iterdir()) if folder.exists() else []
+    if args.do_train:
+        if "all_results.json" in held and args.resume_from_checkpoint is None:
+            return [
+                f"--output_dir {folder}: holds a finished run; name another folder, or go on from it with "
+                "--resume_from_checkpoint CHECKPOINT"
+            ]
+        if held and not any(name.startswith("checkpoint-") for name in held) and args.resume_from_checkpoint is None:
+            return [
+                f"--output_dir {folder}: holds something else ({', '.join(held[:5])}) and no checkpoint to go on "
+                "from; name another folder or empty it"
+            ]
+        return []
+    results = [name for name in held if name in ("all_results.json", "generated_predictions.jsonl")]
+    if results:
+        return [f"--output_dir {folder}: already holds {', '.join(results)}; name another folder"]
+    return []
+
+
+# ------------------------------------------------------------------------------------------------ checkpoints
+
+
+def find_resume_checkpoint(training_args) -> str | None:
+    """The checkpoint to go on from: the one named, else the newest complete one in the output folder, else None."""
+    named = training_args.resume_from_checkpoint
+    if named is not None and named.lower() not in ("true", "false"):
+        missing = explain_incomplete(named)
+        if missing:
+            raise UsageError(f"--resume_from_checkpoint {named}: {missing}")
+        return named
+    folder = Path(training_args.output_dir)
+    checkpoints = [p for p in folder.glob("checkpoint-*") if p.name.split("-")[-1].isdigit()]
+    for path in sorted(checkpoints, key=lambda p: int(p.name.split("-")[-1]), reverse=True):
+        missing = explain_incomplete(path)
+        if missing is None:
+            return str(path)
+        if training_args.process_index == 0:
+            print(f"Passing over {path}: {missing}. The process was probably killed while saving.", flush=True)
+    return None
+
+
+def explain_incomplete(checkpoint: str | Path) -> str | None:
+    """
+    Why a checkpoint folder cannot be resumed from, or None if it is whole.
+
+    The trainer writes weights, optimizer, random states and then trainer_state.json; a kill in between leaves the
+    folder behind, and transformers' get_last_checkpoint picks it (seen on 5.23). torch's files are zip archives,
+    whose directory stands at the end, so a torn one is told apart without reading it.
+    """
+    folder = Path(checkpoint)
+    if not folder.is_dir():
+        return "there is no such folder"
+    try:
+        json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return "trainer_state.json is missing or torn"
+    for path in folder.rglob("*"):
+        if path.suffix in (".pt", ".pth", ".bin") and not zipfile.is_zipfile(path):
+            return f"{path.relative_to(folder)} is torn"
+        if path.suffix == ".safetensors" and not is_whole_safetensors(path):
+            return f"{path.relative_to(folder)} is torn"
+        if path.name.endswith(".index.json"):
+            shards = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
+            if lost := [s for s in sorted(shards) if not (folder / s).is_file()]:
+                return f"{lost[0]} is missing"
+    if not any((folder / name).exists() for name in ("optimizer.pt", "optimizer.bin", "latest")):
+        return "the optimizer's state is missing"
+    if (folder / "latest").exists():
+        tag = folder / (folder / "latest").read_text(encoding="utf-8").strip()
+        ranks, states = len(list(folder.glob("rng_state*.pth"))), len(list(tag.glob("*_optim_states.pt")))
+        if ranks != states or states == 0:
+            return f"{states} optimizer states and {ranks} random states: not one of each for every rank"
+    return None
+
+
+def is_whole_safetensors(path: Path) -> bool:
+    """Whether the file is as long as its header says (header: 8 bytes of length, then JSON with data offsets)."""
+    with open(path, "rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        try:
+            header = json.loads(stream.read(length))
+        except ValueError:
+            return False
+    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    return path.stat().st_size == 8 + length + max(ends, default=0)
+
+
+# ------------------------------------------------------------------------------------------------ data
+
+
+def load_raw_datasets(data_args, model_args):
+    """A DatasetDict with `train`, `validation` and `test` as far as they were given, from files or the hub."""
+    if data_args.dataset_name is not None:
+        return load_dataset(
+            data_args.dataset_name,
+            data_args.dataset_config_name,
+            cache_dir=model_args.cache_dir,
+            token=model_args.token,
+        )
+    files = {"train": data_args.train_file, "validation": data_args.validation_file, "test": data_args.test_file}
+    raw = datasets.DatasetDict()
+    for split, path in files.items():
+        if path is not None:
+            file_type = FILE_TYPES[Path(path).suffix.lower()]
+            # Without this pandas reads the headlines "None" and "NA" as missing.
+            options = {"keep_default_na": False} if file_type == "csv" else {}
+            try:
+                raw[split] = load_dataset(
+                    file_type, data_files={split: path}, split=split, cache_dir=model_args.cache_dir, **options
+                )
+            except datasets.exceptions.DatasetGenerationError as error:
+                raise UsageError(f"{path}: cannot be read as {file_type}: {error.__cause__ or error}") from error
+    return raw
+
+
+def find_columns(columns: list[str], text_column: str | None, summary_column: str | None) -> tuple[str, str]:
+    """The source and the summary column: as named, else a known pair, else the first two."""
+    for flag, name in (("--text_column", text_column), ("--summary_column", summary_column)):
+        if name is not None and name not in columns:
+            raise UsageError(f"{flag} {name}: no such column; there are {', '.join(columns)}")
+    known = next((pair for pair in KNOWN_COLUMNS if set(pair) <= set(columns)), tuple(columns[:2]))
+    if len(known) < 2:
+        raise UsageError(f"a column of texts and one of summaries are needed; there is only {', '.join(columns)}")
+    return text_column or known[0], summary_column or known[1]
+
+
+def is_usable(row: dict, text_column: str, summary_column: str) -> bool:
+    """Whether a row has both a text and a summary that are more than white space."""
+    return all(row[c] is not None and str(row[c]).strip() for c in (text_column, summary_column))
+
+
+def tokenize_rows(rows: dict, tokenizer, text_column: str, summary_column: str, prefix: str, limits: dict) -> dict:
+    """
+    Tokenise a batch of rows: `input_ids`, `attention_mask` and `labels`, lists of ints, cut to `limits`.
+
+    Also `source_cut` and `target_cut`, whether a row lost tokens. limits: max_source_length, max_target_length (in
+    tokens), pad_to_max_length, ignore_pad_token_for_loss.
+    """
+    padding = "max_length" if limits["pad_to_max_length"] else False
+    sources = tokenizer([prefix + str(text) for text in rows[text_column]])["input_ids"]
+    targets = tokenizer(text_target=[str(text) for text in rows[summary_column]])["input_ids"]
+    features = tokenizer(
+        [prefix + str(text) for text in rows[text_column]],
+        max_length=limits["max_source_length"],
+        truncation=True,
+        padding=padding,
+    )
+    labels = tokenizer(
+        text_target=[str(text) for text in rows[summary_column]],
+        max_length=limits["max_target_length"],
+        truncation=True,
+        padding=padding,
+    )["input_ids"]
+    if padding and limits["ignore_pad_token_for_loss"]:
+        labels = [[token if token != tokenizer.pad_token_id else -100 for token in row] for row in labels]
+    return {
+        "input_ids": features["input_ids"],
+        "attention_mask": features["attention_mask"],
+        "labels": labels,
+        "source_cut": [len(row) > limits["max_source_length"] for row in sources],
+        "target_cut": [len(row) > limits["max_target_length"] for row in targets],
+    }
+
+
+def prepare_split(raw, split: str, max_samples: int | None, tokenizer, data_args, training_args):
+    """
+    Tokenise one split and say what was kept, cut and left out. Returns (raw rows kept, tokenised rows).
+
+    Raises UsageError if the split is missing or has no usable row.
+    """
+    if split not in raw:
+        raise UsageError(f"--dataset_name {data_args.dataset_name}: has no split {split!r}; it has {', '.join(raw)}")
+    rows = raw[split]
+    text_column, summary_column = find_columns(rows.column_names, data_args.text_column, data_args.summary_column)
+    if max_samples is not None:
+        rows = rows.select(range(min(max_samples, len(rows))))
+    target = data_args.max_target_length if split == "train" else data_args.val_max_target_length
+    limits = {
+        "max_source_length": data_args.max_source_length,
+        "max_target_length": target,
+        "pad_to_max_length": data_args.pad_to_max_length,
+        "ignore_pad_token_for_loss": data_args.ignore_pad_token_for_loss,
+    }
+    with training_args.main_process_first(desc=f"tokenising {split}"):
+        columns = {"text_column": text_column, "summary_column": summary_column}
+        bad = [
+            i
+            for i, pair in enumerate(zip(rows[text_column], rows[summary_column], strict=True))
+            if not is_usable({text_column: pair[0], summary_column: pair[1]}, **columns)
+        ]
+        kept = rows.select(sorted(set(range(len(rows))) - set(bad))) if bad else rows
+        if len(kept) == 0:
+            raise UsageError(f"{split}: none of the {len(rows)} rows has a text and a summary")
+        tokenized = kept.map(
+            tokenize_rows,
+            batched=True,
+            num_proc=data_args.preprocessing_num_workers,
+            remove_columns=kept.column_names,
+            load_from_cache_file=not data_args.overwrite_cache,
+            fn_kwargs={"tokenizer": tokenizer, "prefix": data_args.source_prefix or "", "limits": limits, **columns},
+            desc=f"Tokenising {split}",
+        )
+    if training_args.process_index == 0:
+        cut = f"{sum(tokenized['source_cut'])} sources and {sum(tokenized['target_cut'])} targets cut"
+        print(
+            f"{split}: {len(rows)} rows read, {len(kept)} used ({text_column} -> {summary_column}), {cut}, "
+            f"{len(bad)} without a text or a summary left out"
+            + (f": rows {', '.join(map(str, bad[:5]))}{' ...' if len(bad) > 5 else ''}" if bad else ""),
+            flush=True,
+        )
+    kept = kept.select_columns([text_column, summary_column]).rename_columns(
+        {text_column: "source", summary_column: "reference"} if text_column != summary_column else {}
+    )
+    return kept, tokenized.remove_columns(["source_cut", "target_cut"])
+
+
+# ------------------------------------------------------------------------------------------------ model
+
+
+def load_model(model_args, data_args, training_args):
+    """Tokenizer and model, from a folder or the hub, with the generation settings that evaluation uses set in it."""
+    hub = {
+        "cache_dir": model_args.cache_dir,
+        "revision": model_args.model_revision,
+        "token": model_args.token,
+        "trust_remote_code": model_args.trust_remote_code,
+    }
+    name = model_args.model_name_or_path
+    try:
+        config = AutoConfig.from_pretrained(model_args.config_name or name, **hub)
+        tokenizer = AutoTokenizer.from_pretrained(
+            model_args.tokenizer_name or name, use_fast=model_args.use_fast_tokenizer, **hub
+        )
+        # fp32 here: transformers 5 would keep a bf16 file in bf16, where small updates are lost. Under DeepSpeed the
+        # bf16 copy is made from these weights.
+        model = AutoModelForSeq2SeqLM.from_pretrained(name, config=config, dtype=torch.float32, **hub)
+    except OSError as error:
+        raise UsageError(f"--model_name_or_path {name}: cannot be loaded: {error}") from None
+    except ValueError as error:
+        if "Unrecognized" in str(error):
+            raise UsageError(f"--model_name_or_path {name}: is no encoder-decoder: {str(error)[:200]}") from None
+        raise
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        logger.warning("the tokenizer has more tokens than the model: the embeddings grow to %d", len(tokenizer))
+        model.resize_token_embeddings(len(tokenizer))
+    set_generation_defaults(model, tokenizer, data_args, training_args)
+    resize_positions(model, model_args, data_args)
+    return tokenizer, model
+
+
+def set_generation_defaults(model, tokenizer, data_args, training_args) -> None:
+    """Write the settings used for generating into the model, so that the exported folder generates the same."""
+    generation = model.generation_config
+    generation.max_length = training_args.generation_max_length or data_args.val_max_target_length
+    generation.num_beams = training_args.generation_num_beams or data_args.num_beams
+    training_args.generation_max_length, training_args.generation_num_beams = (
+        generation.max_length,
+        generation.num_beams,
+    )
+    if data_args.lang is not None:  # mBART and its like
+        tokenizer.src_lang = tokenizer.tgt_lang = data_args.lang
+        model.config.decoder_start_token_id = tokenizer.convert_tokens_to_ids(data_args.lang)
+        generation.decoder_start_token_id = model.config.decoder_start_token_id
+    if data_args.forced_bos_token is not None:
+        generation.forced_bos_token_id = tokenizer.convert_tokens_to_ids(data_args.forced_bos_token)
+    if generation.decoder_start_token_id is None and model.config.decoder_start_token_id is None:
+        raise UsageError("the model's config has no decoder_start_token_id: it cannot start a summary")
+    if data_args.source_prefix:
+        model.config.task_specific_params = {"summarization": {"prefix": data_args.source_prefix}}
+
+
+def resize_positions(model, model_args, data_args) -> None:
+    """Models with learned positions (BART, Pegasus) take no longer source than those; T5 has none and takes any."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is None or limit >= data_args.max_source_length:
+        return
+    if not model_args.resize_position_embeddings:
+        raise UsageError(
+            f"--max_source_length {data_args.max_source_length}: the model has positions for {limit} tokens; give "
+            f"--max_source_length {limit} or --resize_position_embeddings true"
+        )
+    model.resize_position_embeddings(data_args.max_source_length)
+
+
+# ------------------------------------------------------------------------------------------------ training
+
+
+class TokenMeanTrainer(Seq2SeqTrainer):
+    """
+    Seq2SeqTrainer whose losses are means over target tokens, in training (see make_loss) and in evaluation.
+
+    The stock evaluation averages batch means and, at several ranks, counts the rows that fill the last batch twice.
+    """
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None, **gen_kwargs):
+        """Returns (token-mean loss of the batch, generated ids or None, labels or None), all on this rank."""
+        inputs = self._prepare_inputs(inputs)
+        labels = inputs["labels"]
+        with torch.no_grad(), self.compute_loss_context_manager():
+            logits = model(**inputs).logits
+        # One row each, so that gather_for_metrics can take the rows away that only fill the last batch.
+        sums = torch.stack([token_loss_sum(row, target) for row, target in zip(logits, labels, strict=True)])
+        counts = labels.ne(-100).sum(dim=1)
+        self._loss_rows.append(self.accelerator.gather_for_metrics((sums.double(), counts)))
+        del logits
+        loss = sums.sum() / counts.sum().clamp(min=1)
+        if prediction_loss_only or not self.args.predict_with_generate:
+            return loss, None, None
+        prompt = {k: v for k, v in inputs.items() if k not in ("labels", "decoder_input_ids")}
+        generated = self.model.generate(**prompt, synced_gpus=is_deepspeed_zero3_enabled(), **gen_kwargs)
+        return loss, generated, labels
+
+    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
+        """The stock loop, with every row gathered once and the loss taken over the tokens of the whole set."""
+        self._loss_rows = []
+        self.gather_function = self.accelerator.gather_for_metrics
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        total = sum(sums.sum() for sums, _ in self._loss_rows) / sum(counts.sum() for _, counts in self._loss_rows)
+        output.metrics[f"{metric_key_prefix}_loss"] = total.item()
+        return output
+
+
+def token_loss_sum(logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
+    """Summed cross-entropy in fp32. logits: (..., vocabulary); labels: (...) of ids, -100 where nothing is asked."""
+    return torch.nn.functional.cross_entropy(
+        logits.flatten(0, -2).float(), labels.flatten(), reduction="sum", label_smoothing=label_smoothing
+    )
+
+
+def make_loss(label_smoothing: float):
+    """
+    The training loss: cross-entropy summed over the batch's tokens, over the tokens of the whole global batch.
+
+    T5's own loss is a mean over the batch it sees, but the Trainer believes it is normalised by num_items_in_batch
+    (its forward takes **kwargs) and so multiplies it by the number of processes and does not divide it by the
+    accumulation steps: loss and gradients grow with both (transformers 5.23). A compute_loss_func that does
+    normalise by num_items_in_batch is scaled rightly.
+    """
+
+    def loss(outputs, labels, num_items_in_batch=None):
+        items = labels.ne(-100).sum() if num_items_in_batch is None else num_items_in_batch
+        return token_loss_sum(outputs.logits, labels, label_smoothing) / items
+
+    return loss
+
+
+class SampleCallback(TrainerCallback):
+    """Prints a few validation rows with the summaries the model writes, before and after training."""
+
+    def __init__(self, trainer, rows, features):
+        self.trainer, self.rows, self.features = trainer, rows, features
+
+    def show(self, when: str) -> None:
+        """Every rank generates (ZeRO-3 needs them all), the first one prints."""
+        trainer = self.trainer
+        batch = trainer.data_collator(
+            [{k: row[k] for k in ("input_ids", "attention_mask", "labels")} for row in self.features]
+        )
+        batch = trainer._prepare_inputs({k: batch[k] for k in ("input_ids", "attention_mask")})
+        model = trainer.model
+        model.eval()
+        with torch.no_grad():
+            ids = model.generate(**batch, synced_gpus=is_deepspeed_zero3_enabled())
+        if trainer.args.process_index == 0:
+            summaries = trainer.processing_class.batch_decode(ids, skip_special_tokens=True)
+            print(f"\n=== {len(summaries)} validation rows {when} training ===")
+            for row, summary in zip(self.rows, summaries, strict=True):
+                print(f"source:    {shorten(row['source'])}")
+                print(f"reference: {shorten(row['reference'])}")
+                print(f"summary:   {shorten(summary)}\n")
+            sys.stdout.flush()
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.show("before")
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.show("after")
+
+
+def shorten(text: str, width: int = 160) -> str:
+    """Text on one line of at most `width` characters."""
+    text = " ".join(str(text).split())
+    return text if len(text) <= width else text[: width - 4] + " ..."
+
+
+def describe_batch(training_args) -> str:
+    """The effective batch, spelt out."""
+    per, ranks, steps = (
+        training_args.per_device_train_batch_size,
+        training_args.world_size,
+        training_args.gradient_accumulation_steps,
+    )
+    return f"effective batch {per * ranks * steps} = {per} rows x {ranks} processes x {steps} accumulation steps"
+
+
+# ------------------------------------------------------------------------------------------------ scores
+
+
+class UnicodeTokenizer:
+    """Words of any script for rouge_score, whose own tokenizer drops every non-ASCII letter; lower-cased."""
+
+    pattern = re.compile(rf"[{UNSPACED}]|[^\W_{UNSPACED}]+")
+
+    def tokenize(self, text: str) -> list[str]:
+        return self.pattern.findall(text.lower())
+
+
+class Rouge(evaluate.Metric):
+    """ROUGE-1/2/L/Lsum F-measures in percent. `evaluate.load("rouge")` would download its script from the hub."""
+
+    def _info(self):
+        features = datasets.Features({"predictions": datasets.Value("string"), "references": datasets.Value("string")})
+        return evaluate.MetricInfo(description="ROUGE by rouge_score", citation="Lin 2004", features=features)
+
+    def _compute(self, predictions, references, language="en"):
+        from rouge_score import rouge_scorer
+
+        names = ["rouge1", "rouge2", "rougeL", "rougeLsum"]
+        words = {"use_stemmer": True} if language == "en" else {"tokenizer": UnicodeTokenizer()}
+        scorer = rouge_scorer.RougeScorer(names, **words)
+        scores = [scorer.score(r, p) for p, r in zip(predictions, references, strict=True)]
+        return {name: round(100 * float(np.mean([s[name].fmeasure for s in scores])), 4) for name in names}
+
+
+def split_sentences(text: str) -> str:
+    """One sentence a line, as rougeLsum expects; an untrained Punkt model, so that nothing is downloaded."""
+    from nltk.tokenize.punkt import PunktSentenceTokenizer
+
+    text = re.sub(r"([。！？])", r"\1 \n", text.strip())
+    return "\n".join(
+        s.strip() for line in text.split("\n") for s in PunktSentenceTokenizer().tokenize(line) if s.strip()
+    )
+
+
+def decode(ids: np.ndarray, tokenizer) -> list[str]:
+    """Texts of an array of token ids (rows, tokens) in which -100 is padding."""
+    texts = tokenizer.batch_decode(np.where(ids == -100, tokenizer.pad_token_id, ids), skip_special_tokens=True)
+    return [text.strip() for text in texts]
+
+
+def compute_rouge(predictions: list[str], references: list[str], language: str) -> dict[str, float]:
+    """ROUGE of decoded texts, in percent."""
+    return Rouge().compute(
+        predictions=[split_sentences(t) for t in predictions],
+        references=[split_sentences(t) for t in references],
+        language=language,
+    )
+
+
+def make_metrics(tokenizer, language: str):
+    """compute_metrics for the trainer: ROUGE and the mean generated length, computed on the first rank alone."""
+
+    def compute_metrics(output) -> dict[str, float]:
+        metrics = [None]
+        if int(os.environ.get("RANK", 0)) == 0:
+            ids = np.where(output.predictions == -100, tokenizer.pad_token_id, output.predictions)
+            metrics[0] = compute_rouge(decode(ids, tokenizer), decode(output.label_ids, tokenizer), language)
+            metrics[0]["gen_len"] = float(np.mean((ids != tokenizer.pad_token_id).sum(axis=1)))
+        if torch.distributed.is_initialized():
+            torch.distributed.broadcast_object_list(metrics, src=0)
+        return metrics[0]
+
+    return compute_metrics
+
+
+# ------------------------------------------------------------------------------------------------ results
+
+
+def write_predictions(path: Path, rows, predictions: list[str]) -> None:
+    """JSONL with `source`, `reference` and `prediction` a row."""
+    with open(path, "w", encoding="utf-8") as stream:
+        for row, prediction in zip(rows, predictions, strict=True):
+            record = {"source": row["source"], "reference": row["reference"], "prediction": prediction}
+            stream.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def draw_curves(history: list[dict], path: Path) -> None:
+    """Loss, ROUGE, learning rate and gradient norm over the steps, from the trainer's log history, as a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    panels = {
+        "loss": ("loss", "eval_loss"),
+        "ROUGE (validation)": ("eval_rouge1", "eval_rouge2", "eval_rougeL"),
+        "learning rate": ("learning_rate",),
+        "gradient norm": ("grad_norm",),
+    }
+    panels = {title: names for title, names in panels.items() if any(n in entry for entry in history for n in names)}
+    figure = Figure(figsize=(5 * max(len(panels), 1), 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axis, (title, names) in zip(
+        np.atleast_1d(figure.subplots(1, max(len(panels), 1))), panels.items(), strict=False
+    ):
+        for name in names:
+            points = [(entry["step"], entry[name]) for entry in history if name in entry]
+            if points:
+                axis.plot(
+                    *zip(*points, strict=True), marker="o" if len(points) < 30 else None, markersize=3, label=name
+                )
+        axis.set_title(title)
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.savefig(path, dpi=120)
+
+
+def score_split(trainer, rows, features, prefix: str) -> list[str] | None:
+    """Evaluate on one split, log and save the metrics under `prefix`; returns the generated texts, if any."""
+    output = trainer.predict(features, metric_key_prefix=prefix)
+    metrics = {**output.metrics, f"{prefix}_samples": len(rows)}
+    trainer.log({k: v for k, v in metrics.items() if k.startswith(prefix)})
+    trainer.log_metrics(prefix, metrics)
+    trainer.save_metrics(prefix, metrics)
+    if not trainer.args.predict_with_generate:
+        return None
+    return decode(output.predictions, trainer.processing_class)
+
+
+def write_reports(trainer, model_args, data_args, training_args) -> None:
+    """Curves and model card; on the first rank only."""
+    if not trainer.is_world_process_zero():
+        return
+    if trainer.state.log_history:
+        draw_curves(trainer.state.log_history, Path(training_args.output_dir) / "training_curves.png")
+    card = {"finetuned_from": model_args.model_name_or_path, "tasks": "summarization"}
+    if data_args.dataset_name is not None:
+        card |= {"dataset_tags": data_args.dataset_name, "dataset": data_args.dataset_name}
+    if training_args.do_train:
+        trainer.create_model_card(**card)
+
+
+# ------------------------------------------------------------------------------------------------ main
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Fine-tune, evaluate and predict as the arguments say; returns the metrics of all_results.json."""
+    # Arguments first: ZeRO-3 partitions the model while it is loaded, and knows that from training_args being alive.
+    model_args, data_args, training_args = parse_arguments(sys.argv[1:] if argv is None else argv)
+    set_up_logging(training_args)
+    last_checkpoint = find_resume_checkpoint(training_args) if training_args.do_train else None
+    set_seed(training_args.seed)
+
+    # Tokenizer, model and data
+    raw = load_raw_datasets(data_args, model_args)
+    tokenizer, model = load_model(model_args, data_args, training_args)
+    splits = {}
+    for wanted, split, limit in (
+        (training_args.do_train, "train", data_args.max_train_samples),
+        (training_args.do_eval, "validation", data_args.max_eval_samples),
+        (training_args.do_predict, "test", data_args.max_predict_samples),
+    ):
+        if wanted:
+            splits[split] = prepare_split(raw, split, limit, tokenizer, data_args, training_args)
+
+    # Trainer
+    trainer = TokenMeanTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=splits["train"][1] if "train" in splits else None,
+        eval_dataset=splits["validation"][1] if "validation" in splits else None,
+        processing_class=tokenizer,
+        data_collator=DataCollatorForSeq2Seq(
+            tokenizer,
+            model=model,
+            label_pad_token_id=-100 if data_args.ignore_pad_token_for_loss else tokenizer.pad_token_id,
+            pad_to_multiple_of=8 if training_args.bf16 or training_args.fp16 else None,
+        ),
+        compute_metrics=make_metrics(tokenizer, data_args.rouge_language)
+        if training_args.predict_with_generate
+        else None,
+        compute_loss_func=make_loss(training_args.label_smoothing_factor),
+    )
+
+    # Train
+    if training_args.do_train:
+        if "validation" in splits and training_args.predict_with_generate:
+            rows, features = (part.select(range(min(SHOWN_SAMPLES, len(part)))) for part in splits["validation"])
+            trainer.add_callback(SampleCallback(trainer, rows, features))
+        if trainer.is_world_process_zero():
+            print(describe_batch(training_args), flush=True)
+            print(
+                f"going on from {last_checkpoint}" if last_checkpoint else "starting from the model's own weights",
+                flush=True,
+            )
+        metrics = trainer.train(resume_from_checkpoint=last_checkpoint).metrics
+        metrics["train_samples"] = len(splits["train"][0])
+        trainer.save_model()
+        trainer.log_metrics("train", metrics)
+        trainer.save_metrics("train", metrics)
+
+    # Evaluate and predict: generated_predictions.jsonl holds the test rows, or the validation rows without a test
+    for split, prefix in (("validation", "eval"), ("test", "predict")):
+        if split in splits:
+            predictions = score_split(trainer, *splits[split], prefix)
+            if predictions is not None and trainer.is_world_process_zero():
+                write_predictions(
+                    Path(training_args.output_dir) / "generated_predictions.jsonl", splits[split][0], predictions
+                )
+    trainer.save_state()
+    write_reports(trainer, model_args, data_args, training_args)
+    results = Path(training_args.output_dir) / "all_results.json"
+    return json.loads(results.read_text()) if trainer.is_world_process_zero() else {}
+
+
+def set_up_logging(training_args) -> None:
+    """Log at the level the arguments ask for; ranks other than the first only warn."""
+    logging.basicConfig(
+        format="%(asctime)s - %(levelname)s - %(name)s - %(message)s",
+        datefmt="%m/%d/%Y %H:%M:%S",
+        handlers=[logging.StreamHandler(sys.stdout)],
+    )
+    level = training_args.get_process_log_level()
+    logger.setLevel(level)
+    datasets.utils.logging.set_verbosity(logging.WARNING)
+    transformers.utils.logging.set_verbosity(level)
+    if training_args.n_gpu > 1:
+        # DataParallel would scatter the rows but not the token count; one process a GPU is also much faster.
+        logger.warning("%d GPUs here, one used: start with `deepspeed` or `torchrun` to use all", training_args.n_gpu)
+        training_args._n_gpu = 1
+
+
+def run_and_exit() -> None:
+    """
+    Run main() and leave with 0, or with 2 after a message the user can act on.
+
+    Ranks leave together and by os._exit: gloo's threads sometimes abort a finished rank in the interpreter's own
+    shutdown ("terminate called without an active exception", exit code 250, in about 1 of 15 two-rank runs on torch
+    2.13), and the launcher then reports a failed run. Other libraries' exit handlers run before that.
+    """
+    try:
+        main()
+    except UsageError as error:
+        if int(os.environ.get("RANK", 0)) == 0:
+            lines = str(error).split("\n")
+            print("".join(f"\nerror: {line}" for line in lines), file=sys.stderr, flush=True)
+        else:
+            time.sleep(3)  # the launcher ends every rank when the first is gone: let rank 0 speak
+        os._exit(2)
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    run_and_exit()
