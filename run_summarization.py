@@ -16,7 +16,7 @@ One GPU:
         --num_train_epochs 8 --bf16 --per_device_train_batch_size 64 --predict_with_generate
 
 Several GPUs:
-    deepspeed run_summarization.py --deepspeed ds_configs/zero2.json --model_name_or_path t5-large --optim adafactor ...
+    deepspeed run_summarization.py --deepspeed ds_configs/zero2.json --model_name_or_path t5-large ... --bf16
 
 A smoke run on the CPU, under a minute (no flag says CPU: where there is no accelerator, the script says so itself):
     python run_summarization.py --model_name_or_path tiny-t5 --do_train --do_eval --train_file train.csv \
@@ -735,12 +735,57 @@ def resize_positions(model, model_args, data_args) -> None:
 # ------------------------------------------------------------------------------------------------ training
 
 
+class FilledRows(torch.utils.data.Dataset):
+    """Rows of a tokenised dataset by index, and at index -1 a filler that asks for no token and so has no loss."""
+
+    def __init__(self, rows, filler_token: int):
+        self.rows = rows
+        self.filler = {"input_ids": [filler_token], "attention_mask": [1], "labels": [-100]}
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict:
+        return self.filler if index < 0 else self.rows[index]
+
+
+class FilledSampler(torch.utils.data.Sampler):
+    """
+    Random order, seeded by seed and epoch, then -1 until the last batch of every rank is full.
+
+    Left to itself accelerate fills the last batches with rows from the front, which are then trained on twice, and
+    how many there are depends on the number of ranks.
+    """
+
+    def __init__(self, num_rows: int, multiple: int, seed: int):
+        self.num_rows, self.fill, self.seed, self.epoch = num_rows, -num_rows % multiple, seed, 0
+
+    def __len__(self) -> int:
+        return self.num_rows + self.fill
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        yield from torch.randperm(self.num_rows, generator=generator).tolist()
+        yield from [-1] * self.fill
+
+
 class TokenMeanTrainer(Seq2SeqTrainer):
     """
     Seq2SeqTrainer whose losses are means over target tokens, in training (see make_loss) and in evaluation.
 
     The stock evaluation averages batch means and, at several ranks, counts the rows that fill the last batch twice.
     """
+
+    def _get_train_sampler(self, train_dataset=None):
+        """The seeded random order of FilledSampler; other strategies and --dataloader_drop_last as in the library."""
+        if self.args.train_sampling_strategy != "random" or self.args.dataloader_drop_last:
+            return super()._get_train_sampler(train_dataset)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        multiple = self.args.per_device_train_batch_size * self.args.world_size if self.args.world_size > 1 else 1
+        return FilledSampler(len(self.train_dataset), multiple, seed)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None, **gen_kwargs):
         """Returns (token-mean loss of the batch, generated ids or None, labels or None), all on this rank."""
@@ -1006,7 +1051,7 @@ def main(argv: list[str] | None = None) -> dict:
     trainer = TokenMeanTrainer(
         model=model,
         args=training_args,
-        train_dataset=splits["train"][1] if "train" in splits else None,
+        train_dataset=FilledRows(splits["train"][1], tokenizer.eos_token_id) if "train" in splits else None,
         eval_dataset=splits["validation"][1] if "validation" in splits else None,
         processing_class=tokenizer,
         data_collator=DataCollatorForSeq2Seq(

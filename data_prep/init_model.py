@@ -51,10 +51,10 @@ from transformers import (
 
 logger = logging.getLogger("init_model")
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Constants
 
-# The shapes of T5 v1.0, https://arxiv.org/abs/1910.10683 table 14. vocab_size counts the tokenizer's entries, the
+# The shapes of T5 v1.0, https://arxiv.org/abs/1910.10683. vocab_size counts the tokenizer's entries, the
 # sentinels included: 32,000 pieces + 100 sentinels; rounded up to 128 that is the published embedding of 32,128 rows.
 T5_PRESETS = {
     "tiny": dict(d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, vocab_size=1000, extra_ids=0),
@@ -86,7 +86,7 @@ T5_MIN_PIECES = 100  # an alphabet in two cases, digits and punctuation
 MAX_PIECE_LENGTH = 16  # characters, SentencePiece's default
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Arguments
 
 
@@ -142,7 +142,9 @@ def check_args(args):
         problems.append(f"--vocab_size {args.vocab_size} is too small: {args.preset} needs {least} or more")
     for name in args.train_file:
         if ending(name) not in ENDINGS or (ending(name) == ".parquet" and name.endswith(".gz")):
-            problems.append(f"--train_file {name}: unknown ending; known are {', '.join(ENDINGS)} (text ones also .gz)")
+            problems.append(
+                f"--train_file {name}: unknown ending; known are {', '.join(ENDINGS)} (text ones also .gz)"
+            )
         elif not Path(name).is_file():
             problems.append(f"--train_file {name}: no such file")
     output_dir = Path(args.output_dir)
@@ -150,10 +152,13 @@ def check_args(args):
         problems.append(f"--output_dir {output_dir} is a file; name a folder")
     elif output_dir.is_dir() and any(output_dir.iterdir()):
         problems.append(f"--output_dir {output_dir} is not empty; nothing is overwritten, name another or empty it")
+    blocker = next((parent for parent in output_dir.parents if parent.exists() and not parent.is_dir()), None)
+    if blocker:
+        problems.append(f"--output_dir {output_dir}: {blocker} is a file, not a folder")
     return problems
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Reading text
 
 
@@ -211,7 +216,9 @@ def read_rows(path):
         rows = parse_json("".join(read_lines(path)), path)
         rows = rows.get("data") if isinstance(rows, dict) else rows  # the datasets library nests rows under a field
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f"{path}: expected objects, one a line (.jsonl), or a list of them, bare or as 'data' (.json)")
+        raise ValueError(
+            f"{path}: expected objects, one a line (.jsonl), or a list of them, bare or as 'data' (.json)"
+        )
     return rows
 
 
@@ -268,11 +275,11 @@ def read_all(files, text_columns):
     return texts, problems
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Tokenizers
 #
 # Both learn their pieces by BPE: it gives the same bytes for the same text. The Unigram trainer does not (tokenizers
-# 0.23.3: three runs on one text, three vocabularies), as it adds up floats in the order of a hash table.
+# 0.23.3: three runs on one text gave three different tokenizer.json).
 
 
 def split_alphabet(word_counts, limit):
@@ -343,7 +350,7 @@ def train_llama_tokenizer(texts, vocab_size, max_length):
     )
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Models
 
 
@@ -398,7 +405,7 @@ def make_model(config, dtype):
     return model
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def fail(problems):

@@ -21,7 +21,7 @@ import random
 import sys
 from pathlib import Path
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Constants
 
 COLUMNS = (
@@ -74,8 +74,7 @@ OPINIONS = {
     "size": (
         [("It slips into my jacket pocket.", "handy size")]
         + [("There is room for it in any suitcase.", "handy size")],
-        [("It is far too bulky to take along.", "much too big")]
-        + [("It fills half of my suitcase.", "much too big")],
+        [("It is far too bulky to take along.", "much too big")] + [("It fills half of my suitcase.", "much too big")],
     ),
     "weight": (
         [("I hardly notice it on a long walk.", "very light")]
@@ -186,7 +185,7 @@ SLOTS = {
 STARS = {1: "One Star", 2: "Two Stars", 3: "Three Stars", 4: "Four Stars", 5: "Five Stars"}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Arguments
 
 
@@ -217,7 +216,7 @@ def check_args(args):
     return problems
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Grammar
 
 
@@ -233,7 +232,12 @@ def make_products(rng, count):
         kind = rng.choice(list(KINDS))
         title = f"{rng.choice(BRANDS)} {rng.choice('ACDGKRX')}{rng.randrange(10, 100)} {kind.title()}"
         products.append(
-            dict(product_id=f"B00SYN{number:04d}", product_parent=f"{900000000 + number}", product_title=title, kind=kind)
+            dict(
+                product_id=f"B00SYN{number:04d}",
+                product_parent=f"{900000000 + number}",
+                product_title=title,
+                kind=kind,
+            )
         )
     return products
 
@@ -331,7 +335,7 @@ def to_tsv(rows):
     return "\n".join(lines) + "\n"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def main(argv=None):

@@ -1,0 +1,81 @@
+# Every target makes .venv and installs what it needs. `make demo` first.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+# A machine with an NVIDIA driver takes the registry's CUDA build of torch, any other the CPU build (200 MB, not 3 GB).
+# Where that index cannot be reached pip goes on with the registry. TORCH_INDEX= (empty) switches it off.
+TORCH_INDEX ?= $(if $(shell command -v nvidia-smi 2>/dev/null),,https://download.pytorch.org/whl/cpu)
+TORCH = $(shell grep '^torch==' requirements.txt)
+DEEPSPEED = $(shell grep '^deepspeed==' requirements.txt)
+
+DATA ?= data
+OUT ?= out
+TRAIN_FILE ?= $(DATA)/train.csv
+VALIDATION_FILE ?= $(DATA)/validation.csv
+REVIEWS ?= $(DATA)/reviews.tsv.gz
+MODEL ?=
+EXTRA ?=
+PREFIX = "summarize: "
+COMMON = --do_train --do_eval --train_file $(TRAIN_FILE) --validation_file $(VALIDATION_FILE) \
+	--source_prefix $(PREFIX) --optim adafactor --bf16 --predict_with_generate \
+	--max_source_length 256 --max_target_length 64
+
+.PHONY: demo test test-slow test-gpu quality style prep-reviews train-t5-small train-t5-large train-t5-11b clean
+
+$(VENV)/.core: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q setuptools wheel ninja packaging
+	$(BIN)/python -m pip install -q --retries 0 $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) $(TORCH)
+	grep -v '^deepspeed' requirements.txt > $(VENV)/requirements.txt
+	$(BIN)/python -m pip install -q -r $(VENV)/requirements.txt
+	$(BIN)/python -m pip install -q --no-build-isolation $(DEEPSPEED)
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.core requirements-dev.txt
+	$(BIN)/python -m pip install -q -r requirements-dev.txt
+	touch $@
+
+# A tiny T5 made here, on synthetic reviews made here: two CPU processes of ZeRO-3, or the GPUs that are there.
+demo: $(VENV)/.core
+	PATH="$(CURDIR)/$(BIN):$$PATH" python demo.py
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest -q --durations=8
+
+test-slow: $(VENV)/.dev
+	$(BIN)/python -m pytest -q -m slow
+
+test-gpu: $(VENV)/.dev
+	$(BIN)/python -m pytest -q -m gpu
+
+quality: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+style: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+prep-reviews: $(VENV)/.core
+	$(BIN)/python data_prep/prepare_reviews.py --input_file $(REVIEWS) --output_dir $(DATA) --drop_star_headlines $(EXTRA)
+
+train-t5-small: $(VENV)/.core
+	$(BIN)/python run_summarization.py --model_name_or_path $(or $(MODEL),t5-small) $(COMMON) --output_dir $(OUT)/t5-small \
+		--num_train_epochs 8 --per_device_train_batch_size 64 --per_device_eval_batch_size 64 \
+		--run_name t5-small-fine-tune-reviews $(EXTRA)
+
+train-t5-large: $(VENV)/.core
+	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed run_summarization.py --deepspeed ds_configs/zero2.json \
+		--model_name_or_path $(or $(MODEL),t5-large) $(COMMON) --output_dir $(OUT)/t5-large --gradient_checkpointing \
+		--num_train_epochs 8 --per_device_train_batch_size 20 --per_device_eval_batch_size 20 \
+		--run_name t5-large-fine-tune-reviews $(EXTRA)
+
+train-t5-11b: $(VENV)/.core
+	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed run_summarization.py --deepspeed ds_configs/zero3_offload.json \
+		--model_name_or_path $(or $(MODEL),t5-11b) $(COMMON) --output_dir $(OUT)/t5-11b --gradient_checkpointing \
+		--num_train_epochs 1 --per_device_train_batch_size 8 --per_device_eval_batch_size 8 \
+		--run_name t5-11b-fine-tune-reviews $(EXTRA)
+
+clean:
+	rm -rf demo .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
