@@ -1,0 +1,564 @@
+# Copyright 2026 The plaintune authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["polars>=1.0"]
+# ///
+"""Turn product reviews into train.csv and validation.csv with the columns review_body, review_headline, product_id.
+
+The body is the text to summarize, the headline its summary. HTML goes out, long texts are cut at the end of a
+sentence, empty rows and duplicates are dropped, and no body stands in both files. What is dropped is counted.
+
+The classic Amazon Customer Reviews TSV, gzipped or not:
+
+    python data_prep/prepare_reviews.py --input_file amazon_reviews_us_Camera_v1_00.tsv.gz --output_dir data/reviews \
+        --drop_star_headlines
+
+Amazon Reviews 2023, a tenth of two categories:
+
+    python data_prep/prepare_reviews.py --input_file Electronics.jsonl.gz Appliances.jsonl.gz \
+        --output_dir data/reviews --drop_star_headlines --sample_fraction 0.1
+
+Any other table:
+
+    python data_prep/prepare_reviews.py --input_file mine.csv --output_dir data/mine \
+        --body_column comment --headline_column title --product_column sku
+"""
+
+import argparse
+import csv
+import gzip
+import hashlib
+import html
+import itertools
+import json
+import os
+import sys
+import time
+import zlib
+from collections import Counter
+from html.entities import html5
+from pathlib import Path
+
+import polars as pl
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Constants
+
+OUTPUT_COLUMNS = ["review_body", "review_headline", "product_id"]
+OUTPUT_NAMES = ("train.csv", "validation.csv")
+KNOWN_ENDINGS = (".tsv", ".csv", ".jsonl", ".parquet")
+COLUMN_FLAGS = ("--body_column", "--headline_column", "--product_column")
+# Body, headline and product column of the layouts known by their columns.
+LAYOUTS = (
+    ("review_body", "review_headline", "product_id"),  # Amazon Customer Reviews, and what this script writes
+    ("text", "title", "parent_asin"),  # Amazon Reviews 2023, https://amazon-reviews-2023.github.io
+)
+BATCH_ROWS = 100_000  # raw text held at a time; what is kept of a batch is already cleaned and cut
+KEYS_FROM_LINES = 100  # a JSON object may leave a key out, so the columns are those of the first 100 together
+NAMED_ROWS = 5  # rows that could not be parsed which are named; all of them are counted
+
+# Only real tag names: people write "<3", "<sarcasm>" and "a < b", and that is text. Inline tags may stand inside a
+# word or before a comma and leave nothing behind; the others part two words and leave a space.
+INLINE_TAGS = "a|abbr|b|big|em|font|i|mark|s|small|span|strike|strong|sub|sup|tt|u"
+BLOCK_TAGS = "article|audio|blockquote|body|br|button|center|cite|code|div|dl|dd|dt|embed|figure|footer|form|h[1-6]"
+BLOCK_TAGS += "|head|header|hr|html|iframe|img|input|label|li|link|meta|nav|object|ol|option|p|pre|q|script|section"
+BLOCK_TAGS += "|select|source|style|table|tbody|td|textarea|th|thead|title|tr|ul|video"
+TAG_END = r"(?:\s[^<>]*)?/?>"
+INLINE = rf"(?i)</?(?:{INLINE_TAGS}){TAG_END}"
+BLOCK = rf"(?is)<(?:script|style)\b[^>]*>.*?</(?:script|style)\s*>|</?(?:{BLOCK_TAGS}){TAG_END}|<!--.*?-->"
+# Amazon's own marks: [[VIDEOID:9754c]] is no text, [[ASIN:B000ZEXKJE GumDrop Pacifier]] stands for its title.
+VIDEO_MARK = r"\[\[VIDEOID:[^\]]*\]\]"
+ASIN_MARK = r"\[\[ASIN:\w+ ?([^\]]*)\]\]"
+# With the semicolon: without it html.unescape would turn "fish&notes" into "fish¬es".
+ENTITY = r"&(?:#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,31});"
+DECODE_ROUNDS = 3  # "&amp;amp;#34;" is a quote escaped twice over
+BLANKS = r"[\s\p{Z}\p{Cc}\x{FEFF}\x{200B}&&[^ ]]+"  # any white space or control character but the plain space
+
+# A sentence ends with one of these and its closing quotes. Before a full stop stand two characters that are none, so
+# that "e.g." and "U.S." end nothing.
+SENTENCES = r"^(.*(?:[!?…]|[^\s.]{2}\.|\.\.)[\"'”’)\]*]*)(?: |$)"
+TITLES = r"\b((?i:mr|mrs|ms|dr|st|jr|sr|vs|approx))\."  # their full stop ends no sentence
+HELD_STOP = "\x01"  # stands in for that full stop; control characters have been cleaned out by then
+
+NUMBER = r"(?:zero|half|one|two|three|four|five|six|seven|eight|nine|ten|[0-9]+(?:[.,][0-9]+)?)"
+# "Five Stars", "4 stars!", "a 5-star", "4 1/2 stars", "4 out of 5 stars", "4.5/5 stars", "5*", "★★★★★"
+STAR_HEADLINE = (
+    r"(?i)^[\W_]*(?:an? )?(?:"
+    rf"{NUMBER}(?: ?(?:/|out of|of) ?{NUMBER}| 1/2| ?½| and an? half)?[ -]*(?:stars?\b|[*★☆⭐]+)"
+    r"|[*★☆⭐][*★☆⭐ ]*)(?:[\W_]|\x{FE0F})*$"
+)
+
+# Rows of the table at the end, in order. The reasons are tried in this order: a row counts for the first that holds.
+DROP_REASONS = (
+    "could not be parsed",
+    "empty body",
+    "empty headline",
+    "star headline",
+    "duplicate",
+    "not sampled",
+)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arguments
+
+
+def parse_args(argv=None):
+    """Return the parsed command line; argparse itself ends the program with exit code 2 on an unknown flag."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("--input_file", nargs="+", required=True, help=f"Files of {', '.join(KNOWN_ENDINGS)}; text ones also .gz.")
+    add("--output_dir", required=True, help="Folder for train.csv and validation.csv; neither may exist yet.")
+    add("--body_column", default=None, help="Column with the text to summarize. None: recognised from the columns.")
+    add("--headline_column", default=None, help="Column with the summary. None: recognised from the columns.")
+    add("--product_column", default=None, help="Column with the product's id. None: recognised from the columns.")
+    add("--max_source_words", type=int, default=100, help="Longer bodies are cut at the last end of a sentence.")
+    add("--max_target_words", type=int, default=40, help="Longer headlines are cut at the last end of a sentence.")
+    add("--drop_star_headlines", action="store_true", help='Drop headlines like "Five Stars": they say no more.')
+    add("--sample_fraction", type=float, default=1.0, help="Share of the clean rows to keep, above 0, at most 1.")
+    add("--validation_fraction", type=float, default=0.1, help="Share of the kept rows for validation, in (0, 1).")
+    add("--seed", type=int, default=42, help="Seed of sample, split and order; the same seed gives the same bytes.")
+    return parser.parse_args(argv)
+
+
+def check_args(args):
+    """Return every problem with the arguments as a list of sentences; nothing but file names is looked at."""
+    problems = []
+    for name in args.input_file:
+        if ending(name) not in KNOWN_ENDINGS or name.lower().endswith(".parquet.gz"):
+            known = ", ".join(KNOWN_ENDINGS)
+            problems.append(f"--input_file {name}: unknown ending; known are {known} (text ones also .gz)")
+        elif not Path(name).is_file():
+            problems.append(
+                f"--input_file {name}: {'a folder, name its files' if Path(name).exists() else 'no such file'}"
+            )
+    for flag in ("max_source_words", "max_target_words"):
+        if getattr(args, flag) < 1:
+            problems.append(f"--{flag} {getattr(args, flag)}: at least 1 is needed")
+    if not 0 < args.sample_fraction <= 1:
+        problems.append(f"--sample_fraction {args.sample_fraction}: must be above 0 and at most 1 (1: all rows)")
+    if not 0 < args.validation_fraction < 1:
+        problems.append(f"--validation_fraction {args.validation_fraction}: must be above 0 and below 1, such as 0.1")
+    wanted = Counter(name for name in (args.body_column, args.headline_column, args.product_column) if name)
+    for name in (name for name, count in wanted.items() if count > 1):
+        problems.append(f"{', '.join(COLUMN_FLAGS)}: {name} is named more than once; name another column for each")
+    return problems + check_output(Path(args.output_dir))
+
+
+def check_output(output_dir):
+    """Return every reason why the two files cannot be made in this folder as a list of sentences."""
+    problems = []
+    found = [str(output_dir / name) for name in OUTPUT_NAMES if os.path.lexists(output_dir / name)]
+    if found:
+        there = f"{' and '.join(found)} exist{'s' if len(found) == 1 else ''} already"
+        problems.append(f"--output_dir {output_dir}: {there}; remove them or name another --output_dir")
+    nearest = next((path for path in (output_dir, *output_dir.parents) if path.exists()), None)
+    if nearest and not nearest.is_dir():
+        problems.append(f"--output_dir {output_dir}: {nearest} is a file, not a folder; name another --output_dir")
+    elif nearest and not os.access(nearest, os.W_OK):
+        problems.append(f"--output_dir {output_dir}: {nearest} may not be written to; name another --output_dir")
+    return problems
+
+
+def refuse(problems):
+    """Print every problem and end the program with exit code 2."""
+    print("prepare_reviews.py: error:\n" + "\n".join(f"  - {p}" for p in problems), file=sys.stderr)
+    raise SystemExit(2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def ending(name):
+    """Return a file name's ending in lower case, a final .gz left out: 'a/Train.CSV.gz' gives '.csv'."""
+    path = Path(name.lower())
+    return path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
+
+
+def read_lines(path):
+    """Yield the lines of a UTF-8 file, gzipped or not, line ends kept. ValueError names the file and the line."""
+    opener = gzip.open if str(path).lower().endswith(".gz") else open
+    number = 0
+    try:
+        with opener(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: line {number} is not UTF-8 ({error.reason}); convert the file first") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}: cannot be read after line {number} ({error})") from error
+
+
+def parse_json(text, where):
+    """Return the value of a JSON text; ValueError says where it is broken."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not JSON ({error})") from error
+
+
+def read_tsv(path):
+    """Yield (line number, cells) of a tab-separated file, header first. No quoting: a quote is a character."""
+    for number, line in enumerate(read_lines(path), start=1):
+        line = line.rstrip("\r\n")
+        if line:
+            yield number, line.split("\t")
+
+
+def read_csv(path):
+    """Yield (number of the record's first line, cells) of a CSV file, header first; a cell may hold line ends."""
+    # A review longer than Python's 131,072 characters a field is still a review.
+    csv.field_size_limit(2**31 - 1)
+    reader = csv.reader(read_lines(path), strict=True)
+    start = 1
+    try:
+        for cells in reader:
+            if cells:
+                yield start, cells
+            start = reader.line_num + 1
+    except csv.Error as error:
+        raise ValueError(f"{path}: line {start}: the record that starts here is not CSV ({error}); mend it") from error
+
+
+def read_jsonl(path):
+    """Yield (line number, object) of a file with one JSON object a line; blank lines are skipped."""
+    for number, line in enumerate(read_lines(path), start=1):
+        if line.isspace():
+            continue
+        row = parse_json(line, f"{path}: line {number}")
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}: line {number}: not a JSON object but {type(row).__name__}; one object a line")
+        yield number, row
+
+
+def read_columns(path):
+    """Return the names of a file's columns; ValueError if it holds none or cannot be read."""
+    kind = ending(str(path))
+    if kind == ".parquet":
+        try:
+            columns = list(pl.read_parquet_schema(path))
+        except (pl.exceptions.PolarsError, OSError) as error:
+            raise ValueError(f"{path}: not a Parquet file ({str(error).splitlines()[0]})") from error
+    elif kind == ".jsonl":
+        head = itertools.islice(read_jsonl(path), KEYS_FROM_LINES)
+        columns = list(dict.fromkeys(key for _, row in head for key in row))
+    else:
+        reader = read_tsv(path) if kind == ".tsv" else read_csv(path)
+        columns = next(reader, (1, []))[1]
+    if not columns:
+        raise ValueError(f"{path}: the file is empty; leave it out or get it again")
+    return columns
+
+
+def choose_columns(path, columns, asked):
+    """Return the body, headline and product column of a file: those `asked` for, the others as the layouts say."""
+    listed = ", ".join(columns)
+    missing = [
+        f"{flag} {name}" for flag, name in zip(COLUMN_FLAGS, asked, strict=True) if name and name not in columns
+    ]
+    if missing:
+        raise ValueError(f"{' and '.join(missing)}: no such column in {path}; it has: {listed}")
+    for layout in LAYOUTS:
+        names = [want or known for want, known in zip(asked, layout, strict=True)]
+        if all(columns.count(name) == 1 for name in names) and len(set(names)) == 3:
+            return names
+    layouts = " or ".join(f"({', '.join(layout)})" for layout in LAYOUTS)
+    raise ValueError(
+        f"--input_file {path}: the columns are none of the known layouts {layouts}; it has: {listed}. "
+        f"Name the three with {', '.join(COLUMN_FLAGS)}"
+    )
+
+
+def check_inputs(paths, asked):
+    """Return ({path: its three columns}, problems); only the head of each file is read."""
+    chosen, problems = {}, []
+    for path in paths:
+        try:
+            chosen[path] = choose_columns(path, read_columns(path), asked)
+        except ValueError as error:
+            problems.append(str(error))
+    return chosen, problems
+
+
+def find_fault(fields, names):
+    """Return why a row's three fields cannot be used, None if they can: each must be text that UTF-8 can hold."""
+    for field, name in zip(fields, names, strict=True):
+        if field is None:
+            return f"{name} is null or absent"
+        if not isinstance(field, str):
+            return f"{name} is {type(field).__name__}, not text"
+        try:
+            field.encode("utf-8")
+        except UnicodeEncodeError:
+            return f"{name} holds half of a surrogate pair"
+    return None
+
+
+def read_rows_of(path, names):
+    """Yield (place, fields, fault) for every row of a file; fault is None, or says why fields is of no use."""
+    kind = ending(str(path))
+    if kind == ".parquet":
+        try:
+            table = pl.read_parquet(path, columns=names).select(pl.col(names[:2]), pl.col(names[2]).cast(pl.String))
+        except (pl.exceptions.PolarsError, OSError) as error:
+            raise ValueError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from error
+        for number, fields in enumerate(table.iter_rows(), start=1):
+            yield f"{path}: row {number}", fields, find_fault(fields, names)
+    elif kind == ".jsonl":
+        for number, row in read_jsonl(path):
+            fields = [row.get(name) for name in names]
+            if isinstance(fields[2], int):  # some shops number their products
+                fields[2] = str(fields[2])
+            yield f"{path}: line {number}", fields, find_fault(fields, names)
+    else:
+        reader = read_tsv(path) if kind == ".tsv" else read_csv(path)
+        header = next(reader)[1]
+        places = [header.index(name) for name in names]
+        for number, cells in reader:
+            if len(cells) == len(header):
+                yield f"{path}: line {number}", [cells[place] for place in places], None
+            else:
+                yield f"{path}: line {number}", None, f"{len(cells)} fields, the header has {len(header)}"
+
+
+def read_batches(path, names):
+    """Yield (table with the three output columns, [faults]) for every BATCH_ROWS rows of a file."""
+    rows = read_rows_of(path, names)
+    while batch := list(itertools.islice(rows, BATCH_ROWS)):
+        faults = [f"{place}: {fault}" for place, _, fault in batch if fault]
+        good = [fields for _, fields, fault in batch if not fault]
+        columns = zip(*good, strict=True) if good else ([], [], [])
+        data = {name: list(column) for name, column in zip(OUTPUT_COLUMNS, columns, strict=True)}
+        yield pl.DataFrame(data, schema=dict.fromkeys(OUTPUT_COLUMNS, pl.String)), faults
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Cleaning
+
+
+def strip_markup(texts):
+    """Return a Series of texts without HTML tags, comments and Amazon's double-bracket marks."""
+    texts = texts.str.replace_all(INLINE, "").str.replace_all(BLOCK, " ")
+    return texts.str.replace_all(VIDEO_MARK, " ").str.replace_all(ASIN_MARK, " $1 ")
+
+
+def decode_entity(entity):
+    """Return the character of '&quot;' or '&#34;'; a name that HTML does not know stays as it is."""
+    return html.unescape(entity) if entity[1] == "#" or entity[1:] in html5 else entity
+
+
+def clean_texts(texts):
+    """Return a Series of texts without tags and entities, white space folded to single spaces.
+
+    Tags go before the entities are decoded, since an attribute may hold a decoded '>', and once more after that,
+    since '&lt;br&gt;' is a tag in disguise.
+    """
+    for _ in range(DECODE_ROUNDS):
+        texts = strip_markup(texts)
+        # The distinct entities of a batch are a few dozen, so Python decodes those and never a row.
+        found = texts.filter(texts.str.contains(ENTITY)).str.extract_all(ENTITY).explode().drop_nulls().unique()
+        decoded = {entity: decode_entity(entity) for entity in sorted(found.to_list())}
+        if all(entity == text for entity, text in decoded.items()):
+            break
+        texts = texts.str.replace_many(list(decoded), list(decoded.values()))
+    texts = strip_markup(texts)
+    return texts.str.replace_all(BLANKS, " ").str.replace_all(r" {2,}", " ").str.strip_chars(" ")
+
+
+def cut_texts(texts, max_words):
+    """Return (texts of at most max_words words, which were cut): at the end of a sentence, or else of a word."""
+    is_long = texts.str.count_matches(" ", literal=True) >= max_words
+    if not is_long.any():
+        return texts, is_long
+    heads = texts.filter(is_long).str.split(" ").list.head(max_words).list.join(" ")
+    sentences = heads.str.replace_all(TITLES, f"${{1}}{HELD_STOP}").str.extract(SENTENCES, 1)
+    sentences = sentences.str.replace_all(HELD_STOP, ".", literal=True)
+    cut = sentences.zip_with(sentences.is_not_null(), heads)
+    return texts.scatter(is_long.arg_true(), cut), is_long
+
+
+def stable_hash(texts, purpose, seed):
+    """Return a 64-bit hash of each text. hashlib's, since polars' own hash may change from version to version."""
+    start = hashlib.blake2b(f"{purpose} {seed}\n".encode(), digest_size=8)
+    numbers = []
+    for text in texts:
+        digest = start.copy()
+        digest.update(text.encode("utf-8"))
+        numbers.append(int.from_bytes(digest.digest(), "big"))
+    return pl.Series(numbers, dtype=pl.UInt64)
+
+
+def clean_batch(table, args, counts):
+    """Return the rows of a batch worth keeping, cleaned, cut and hashed; `counts` gains what was dropped and why."""
+    table = table.with_columns(
+        review_body=clean_texts(table["review_body"]),
+        review_headline=clean_texts(table["review_headline"]),
+        product_id=table["product_id"].str.strip_chars(),
+    )
+    tests = {"empty body": pl.col("review_body") == "", "empty headline": pl.col("review_headline") == ""}
+    if args.drop_star_headlines:
+        tests["star headline"] = pl.col("review_headline").str.contains(STAR_HEADLINE)
+    for reason, test in tests.items():
+        kept = table.filter(~test)
+        counts[reason] += table.height - kept.height
+        table = kept
+    bodies, body_cut = cut_texts(table["review_body"], args.max_source_words)
+    headlines, headline_cut = cut_texts(table["review_headline"], args.max_target_words)
+    # Case-folded: "GREAT!" in train and "Great!" in validation would be a leak too.
+    split_hash = stable_hash((body.casefold() for body in bodies), "split", args.seed)
+    row_hash = stable_hash((f"{b}\n{h}" for b, h in zip(bodies, headlines, strict=True)), "row", args.seed)
+    return table.with_columns(
+        review_body=bodies,
+        review_headline=headlines,
+        body_cut=body_cut,
+        headline_cut=headline_cut,
+        split_hash=split_hash,
+        row_hash=row_hash,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sampling and splitting
+
+
+def pick_share(hashes, share):
+    """Return a mask of about `share` of the rows: those with the lowest hashes. Equal hashes are never parted.
+
+    At least one hash is in and, where there are two or more, at least one is out.
+    """
+    groups = hashes.rename("hash").value_counts().sort("hash")
+    totals = groups["count"].cast(pl.Int64).cum_sum()
+    nearest = (totals - share * len(hashes)).abs().arg_min()
+    return hashes <= groups["hash"][min(nearest, max(groups.height - 2, 0))]
+
+
+def drop_duplicates(table, counts):
+    """Return the table without the rows whose body and headline, as cleaned and cut, stood in it before."""
+    kept = table.unique(subset=["review_body", "review_headline"], keep="first", maintain_order=True)
+    counts["duplicate"] += table.height - kept.height
+    return kept
+
+
+def take_sample(table, fraction, counts):
+    """Return a share of the rows in the order of their hash: shuffled, so that the first rows are a fair sample."""
+    kept = table.filter(pick_share(table["row_hash"], fraction)) if fraction < 1 and table.height > 1 else table
+    counts["not sampled"] += table.height - kept.height
+    return kept.sort("row_hash")
+
+
+def split_table(table, fraction):
+    """Return (train, validation); rows whose bodies differ in nothing but case go the same way."""
+    if table["split_hash"].n_unique() < 2:
+        raise ValueError(
+            f"{table.height} rows with {table['split_hash'].n_unique()} different bodies are left, two are needed for "
+            "a split; see the counts above, then name more files or a larger --sample_fraction"
+        )
+    in_validation = pick_share(table["split_hash"], fraction)
+    return table.filter(~in_validation), table.filter(in_validation)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing and reporting
+
+
+def write_splits(output_dir, tables):
+    """Write the tables under OUTPUT_NAMES. A name appears when its file is whole, and never replaces another."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    paths = [output_dir / name for name in OUTPUT_NAMES]
+    partial = [output_dir / f".{name}.{os.getpid()}.partial" for name in OUTPUT_NAMES]
+    try:
+        for path, table in zip(partial, tables, strict=True):
+            table.select(OUTPUT_COLUMNS).write_csv(path)
+        # Looked at again: the work took a while and another run may have finished first.
+        problems = check_output(output_dir)
+        if problems:
+            raise ValueError(problems[0])
+        for source, target in zip(partial, paths, strict=True):
+            os.rename(source, target)
+    finally:
+        for path in partial:
+            path.unlink(missing_ok=True)
+    return paths
+
+
+def format_counts(counts):
+    """Return the table of counts as text; what was dropped and what was kept add up to what was read."""
+    lines = [("rows read", counts["read"])]
+    lines += [(f"  dropped: {reason}", counts[reason]) for reason in DROP_REASONS]
+    lines += [("rows kept", counts["train"] + counts["validation"])]
+    lines += [(f"  {name}", counts[name]) for name in ("train", "validation")]
+    lines += [("  bodies cut", counts["body_cut"]), ("  headlines cut", counts["headline_cut"])]
+    return "\n".join(f"{title:<32}{count:>12,}" for title, count in lines)
+
+
+def say(started, message):
+    """Print a step with the seconds since the start."""
+    print(f"[{time.perf_counter() - started:6.1f} s] {message}", flush=True)
+
+
+def read_and_clean(chosen, args, counts, started):
+    """Return (one table of the cleaned rows of all files, the first faults); `counts` gains what was seen."""
+    tables, faults = [], []
+    for path, names in chosen.items():
+        say(started, f"reading {path}: {', '.join(names)}")
+        for table, faulty in read_batches(path, names):
+            counts["read"] += table.height + len(faulty)
+            counts["could not be parsed"] += len(faulty)
+            faults += faulty[: NAMED_ROWS - len(faults)]
+            tables.append(clean_batch(table, args, counts))
+            say(started, f"{counts['read']:,} rows read and cleaned")
+    if not tables:
+        raise ValueError(f"no rows below the header in {', '.join(chosen)}; name other files")
+    return pl.concat(tables), faults
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def main(argv=None):
+    # 1. Arguments and the heads of the files: what can be known to be wrong is said before the work.
+    started = time.perf_counter()
+    args = parse_args(argv)
+    problems = check_args(args)
+    readable = [name for name in dict.fromkeys(args.input_file) if not any(f"file {name}:" in p for p in problems)]
+    asked = (args.body_column, args.headline_column, args.product_column)
+    chosen, input_problems = check_inputs(readable, asked)
+    if problems or input_problems:
+        refuse(problems + input_problems)
+
+    counts = Counter()
+    try:
+        # 2. Read, clean and cut, a batch at a time
+        table, faults = read_and_clean(chosen, args, counts, started)
+        for fault in faults:
+            print(f"could not be parsed: {fault}")
+        if counts["could not be parsed"] > len(faults):
+            print(f"could not be parsed: {counts['could not be parsed'] - len(faults):,} more")
+
+        # 3. Duplicates, sample, split
+        table = take_sample(drop_duplicates(table, counts), args.sample_fraction, counts)
+        counts.update(body_cut=table["body_cut"].sum(), headline_cut=table["headline_cut"].sum())
+        counts["train"] = table.height  # should the split fail, the table still adds up
+        say(started, "duplicates dropped, sample taken")
+        train, validation = split_table(table, args.validation_fraction)
+        counts.update(validation=validation.height, train=-validation.height)
+
+        # 4. Write
+        paths = write_splits(Path(args.output_dir), (train, validation))
+        say(started, "written")
+    except (ValueError, OSError) as error:
+        if counts["read"]:
+            print(format_counts(counts))
+        refuse([str(error)])
+
+    # 5. Report
+    print(format_counts(counts))
+    for path in paths:
+        print(f"{path}  {path.stat().st_size:,} bytes")
+
+
+if __name__ == "__main__":
+    main()

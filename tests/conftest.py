@@ -1,0 +1,91 @@
+# Copyright 2026 The plaintune authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""What the tests share: small synthetic files, a tiny T5 made on the spot, and one way to run a command."""
+
+import csv
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "data_prep")]
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+PARTS = ("lens", "strap", "battery", "zoom", "screen", "tripod", "flash", "charger")
+VERDICTS = ("great", "poor", "solid", "weak", "lovely", "noisy")
+SCENES = ("I bought this last month for a trip.", "My sister got one too.", "It came in a small box on Monday.")
+
+
+def make_rows(count: int, seed: int) -> list[tuple[str, str, str]]:
+    """Synthetic (review_body, review_headline, product_id) rows of uneven length whose headline follows the body."""
+    dice = random.Random(seed)
+    rows = []
+    for i in range(count):
+        part, verdict = dice.choice(PARTS), dice.choice(VERDICTS)
+        scene = " ".join(dice.sample(SCENES, dice.randint(1, 3)))
+        rows.append((f"{scene} The {part} is {verdict}.", f"{verdict} {part}" + " indeed" * (i % 3), f"P{i % 7}"))
+    return rows
+
+
+def write_csv(path: Path, rows) -> Path:
+    with open(path, "w", newline="", encoding="utf-8") as stream:
+        csv.writer(stream).writerows([("review_body", "review_headline", "product_id"), *rows])
+    return path
+
+
+def run(command: list, cwd: Path, timeout: int = 280, check: bool = True) -> subprocess.CompletedProcess:
+    """Run a command and return it with its output; on a wrong exit code the test fails showing the output's end."""
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "DS_ACCELERATOR"):
+        environment.pop(name, None)
+    done = subprocess.run(
+        [str(part) for part in command],
+        cwd=cwd,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=timeout,
+    )
+    if check:
+        assert done.returncode == 0, done.stdout[-6000:]
+    return done
+
+
+@pytest.fixture(scope="session")
+def work(tmp_path_factory) -> Path:
+    """A folder with train.csv (90 rows), validation.csv (13 rows: odd on purpose) and tiny-t5 (no dropout)."""
+    folder = tmp_path_factory.mktemp("work")
+    write_csv(folder / "train.csv", make_rows(90, 1))
+    write_csv(folder / "validation.csv", make_rows(13, 2))
+    write_csv(folder / "many.csv", make_rows(800, 3))
+    run(
+        [sys.executable, ROOT / "data_prep/init_model.py", "--preset", "tiny", "--train_file", "many.csv"]
+        + ["--text_columns", "review_body", "review_headline", "--vocab_size", "300", "--output_dir", "tiny-t5"],
+        cwd=folder,
+    )
+    config = folder / "tiny-t5/config.json"
+    config.write_text(config.read_text().replace('"dropout_rate": 0.1', '"dropout_rate": 0.0'))
+    assert '"dropout_rate": 0.0' in config.read_text()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trained(work) -> Path:
+    """A tiny T5 trained by run_summarization.py copied alone into an empty folder; the folder it wrote."""
+    alone = work / "alone"
+    alone.mkdir()
+    (alone / "run_summarization.py").write_text((ROOT / "run_summarization.py").read_text())
+    run(
+        [sys.executable, "run_summarization.py", "--model_name_or_path", work / "tiny-t5", "--do_train", "--do_eval"]
+        + ["--train_file", work / "many.csv", "--validation_file", work / "validation.csv", "--output_dir", "out"]
+        + ["--source_prefix", "summarize: ", "--optim", "adafactor", "--learning_rate", "2e-2", "--max_steps", "150"]
+        + ["--per_device_train_batch_size", "32", "--predict_with_generate", "--max_target_length", "12"]
+        + ["--max_source_length", "64", "--eval_on_start", "--logging_steps", "25", "--save_strategy", "no"]
+        + ["--bf16", "--run_name", "alone"],
+        cwd=alone,
+    )
+    return alone / "out"

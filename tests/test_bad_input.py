@@ -1,0 +1,143 @@
+# Copyright 2026 The plaintune authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""Every mistake gets one clear message that names the flag or the file, the value and the way out."""
+
+import json
+import sys
+
+import pytest
+from conftest import ROOT, run
+
+import run_summarization as script
+
+
+@pytest.fixture
+def arguments(work, tmp_path):
+    """A function from flags to the message that parse_arguments raises for them on top of a sound command line."""
+
+    def message(*flags, train=None, **changed) -> str:
+        sound = {"--model_name_or_path": work / "tiny-t5", "--output_dir": tmp_path / "out"}
+        sound["--train_file"] = train or work / "train.csv"
+        sound |= {f"--{name}": value for name, value in changed.items()}
+        argv = [str(part) for pair in sound.items() for part in pair] + ["--do_train", *map(str, flags)]
+        with pytest.raises(script.UsageError) as caught:
+            script.parse_arguments(argv)
+        return str(caught.value)
+
+    return message
+
+
+def test_a_missing_file_is_named(arguments):
+    assert "--train_file nowhere.csv: there is no such file" in arguments(train="nowhere.csv")
+
+
+def test_an_unknown_ending_is_named_with_the_known_ones(arguments, tmp_path):
+    (tmp_path / "a.xlsx").write_text("x")
+    assert "unknown ending; known are .csv, .json, .jsonl, .parquet" in arguments(train=tmp_path / "a.xlsx")
+
+
+def test_a_missing_column_is_named_with_those_there_are(arguments):
+    message = arguments("--text_column", "body")
+    assert "no column 'body' (--text_column)" in message and "review_body, review_headline, product_id" in message
+
+
+@pytest.mark.parametrize("content, claim", [("", "the file is empty"), ("a,b\n", "the file holds no rows")])
+def test_an_empty_file_is_named(arguments, tmp_path, content, claim):
+    (tmp_path / "a.csv").write_text(content)
+    assert claim in arguments(train=tmp_path / "a.csv")
+
+
+def test_bytes_that_are_not_utf8_are_named_with_their_line(arguments, tmp_path):
+    (tmp_path / "a.csv").write_bytes(b"text,summary\nfine,ok\ncaf\xe9,ok\n")
+    message = arguments(train=tmp_path / "a.csv")
+    assert "a.csv:3: not UTF-8 (byte 0xe9)" in message and "iconv" in message
+
+
+def test_a_malformed_jsonl_line_is_named(arguments, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a", "summary": "b"}\n{"text": "a", \n')
+    assert "a.jsonl:2: malformed JSON" in arguments(train=tmp_path / "a.jsonl")
+
+
+def test_a_csv_row_with_too_many_fields_is_named(arguments, tmp_path):
+    (tmp_path / "a.csv").write_text("text,summary\na,b\na,b,c\n")
+    assert "a.csv:3: 3 fields where the header has 2" in arguments(train=tmp_path / "a.csv")
+
+
+def test_a_deepspeed_file_that_is_not_json_is_named(arguments, tmp_path):
+    (tmp_path / "ds.json").write_text("{")
+    assert "ds.json: not JSON" in arguments("--deepspeed", tmp_path / "ds.json")
+
+
+def test_a_deepspeed_file_that_contradicts_a_flag_is_named(arguments, tmp_path):
+    (tmp_path / "ds.json").write_text(json.dumps({"train_micro_batch_size_per_gpu": 4, "bf16": {"enabled": True}}))
+    message = arguments("--deepspeed", tmp_path / "ds.json", "--per_device_train_batch_size", 16)
+    assert "train_micro_batch_size_per_gpu is 4 but --per_device_train_batch_size is 16" in message
+    assert "bf16.enabled is true but --bf16 is False" in message
+
+
+def test_an_output_folder_that_holds_something_else_is_refused(arguments, tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/thesis.tex").write_text("x")
+    message = arguments(output_dir=tmp_path / "other")
+    assert "holds something else (thesis.tex)" in message and (tmp_path / "other/thesis.tex").read_text() == "x"
+
+
+def test_an_output_folder_with_a_finished_run_is_refused(arguments, trained):
+    assert "holds a finished run" in arguments(output_dir=trained)
+
+
+def test_fp16_with_t5_is_refused_in_favour_of_bf16(arguments):
+    assert "--fp16: T5 overflows in fp16" in arguments("--fp16") and "use --bf16" in arguments("--fp16")
+
+
+def test_a_model_folder_without_config_is_refused(arguments, tmp_path):
+    assert "the folder has no config.json" in arguments(model_name_or_path=tmp_path)
+
+
+def test_a_flag_that_transformers_5_dropped_says_what_replaced_it(arguments):
+    assert "--train_sampling_strategy group_by_length" in arguments("--group_by_length")
+
+
+def test_several_mistakes_are_reported_together_with_exit_code_2_and_no_traceback(tmp_path):
+    (tmp_path / "a.jsonl").write_text("nonsense\n")
+    done = run(
+        [sys.executable, ROOT / "run_summarization.py", "--model_name_or_path", "./nothing", "--do_train", "--do_eval"]
+        + ["--train_file", "a.jsonl", "--output_dir", "out", "--num_beams", "0"],
+        cwd=tmp_path,
+        check=False,
+    )
+    assert done.returncode == 2 and "Traceback" not in done.stdout
+    for claim in ("a.jsonl:1: malformed", "--do_eval needs --validation_file", "--num_beams 0", "./nothing"):
+        assert claim in done.stdout
+
+
+def test_a_mistake_under_the_deepspeed_runner_is_reported_once_and_fails(tmp_path, work):
+    done = run(
+        ["deepspeed", "--num_gpus", "2", "--master_port", "29573", ROOT / "run_summarization.py", "--do_train"]
+        + ["--deepspeed", ROOT / "ds_configs/zero2.json", "--model_name_or_path", work / "tiny-t5"]
+        + ["--train_file", "nowhere.csv", "--output_dir", "out"],
+        cwd=tmp_path,
+        check=False,
+    )
+    assert done.returncode != 0 and done.stdout.count("error: --train_file nowhere.csv") == 1
+
+
+def test_rows_without_text_or_summary_are_counted_and_named(work, tmp_path):
+    (tmp_path / "a.csv").write_text('text,summary\ngood,fine\n,"no text"\n"no summary",""\nNA,None\n')
+    done = run(
+        [sys.executable, ROOT / "run_summarization.py", "--model_name_or_path", work / "tiny-t5", "--do_train"]
+        + ["--train_file", "a.csv", "--output_dir", "out", "--max_steps", "1", "--save_strategy", "no"],
+        cwd=tmp_path,
+    )
+    assert "4 rows read, 2 used (text -> summary)" in done.stdout
+    assert "2 without a text or a summary left out: rows 1, 2" in done.stdout
+
+
+def test_an_argument_file_works_and_its_unknown_keys_are_named(work, tmp_path):
+    values = {"model_name_or_path": str(work / "tiny-t5"), "do_train": True, "output_dir": str(tmp_path / "out")}
+    values |= {"train_file": str(work / "train.csv"), "num_beams": 3}
+    (tmp_path / "args.json").write_text(json.dumps(values))
+    model_args, data_args, training_args = script.parse_arguments([str(tmp_path / "args.json"), "--seed", "5"])
+    assert data_args.num_beams == 3 and training_args.seed == 5 and training_args.do_train
+    (tmp_path / "args.json").write_text(json.dumps({**values, "colour": "red"}))
+    with pytest.raises(script.UsageError, match="no such argument: colour"):
+        script.parse_arguments([str(tmp_path / "args.json")])

@@ -1,0 +1,253 @@
+# Copyright 2026 The plaintune authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""run_summarization.py run as a user runs it; a test's name is its claim."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, run
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+import run_summarization as script
+
+SCRIPT = ROOT / "run_summarization.py"
+PREFIX = "summarize: "
+
+
+def history(out: Path, key: str) -> list[float]:
+    entries = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    return [entry[key] for entry in entries if key in entry and "train_runtime" not in entry]
+
+
+def read_predictions(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "generated_predictions.jsonl").read_text("utf-8").splitlines()]
+
+
+# ------------------------------------------------------------------------------------- alone in an empty folder
+
+
+def test_the_script_copied_alone_into_an_empty_folder_trains_and_learns(trained):
+    results = json.loads((trained / "all_results.json").read_text())
+    before = history(trained, "eval_rouge1")[0]
+    assert results["eval_rouge1"] > before + 20
+    assert results["eval_samples"] == 13 and results["train_samples"] == 800
+    for name in ("train_results.json", "eval_results.json", "trainer_state.json", "README.md", "training_curves.png"):
+        assert (trained / name).stat().st_size > 0, name
+    assert (trained / "training_curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_predictions_hold_every_row_once_in_order(trained, work):
+    rows = script.load_dataset("csv", data_files=str(work / "validation.csv"), split="train")
+    predictions = read_predictions(trained)
+    assert [p["source"] for p in predictions] == rows["review_body"]
+    assert [p["reference"] for p in predictions] == rows["review_headline"]
+
+
+# ------------------------------------------------------------------------- one loss however the batch is cut
+
+
+@pytest.fixture(scope="module")
+def four_ways(work, trained) -> dict[str, Path]:
+    """The same 90 rows in global batches of 16 (the last of 10), cut in four ways; plain SGD, fp32, no dropout."""
+    common = ["--model_name_or_path", trained, "--do_train", "--do_eval", "--train_file", work / "train.csv"]
+    common += ["--validation_file", work / "validation.csv", "--source_prefix", PREFIX, "--optim", "sgd"]
+    common += ["--learning_rate", "1e-3", "--num_train_epochs", "1", "--logging_steps", "1", "--save_strategy", "no"]
+    common += ["--predict_with_generate", "--max_target_length", "12", "--per_device_eval_batch_size", "4"]
+    ranks = ["deepspeed", "--num_gpus", "2", "--master_port", "29571", SCRIPT]
+    ways = {
+        "16x1": ([sys.executable, SCRIPT], 16, 1, None),
+        "4x4": ([sys.executable, SCRIPT], 4, 4, None),
+        "2 ranks 8x1 ZeRO-2": (ranks, 8, 1, "zero2.json"),
+        "2 ranks 4x2 ZeRO-3": (ranks, 4, 2, "zero3.json"),
+    }
+    outs = {}
+    for name, (start, rows, steps, config) in ways.items():
+        out = work / name.replace(" ", "_")
+        cut = ["--per_device_train_batch_size", rows, "--gradient_accumulation_steps", steps, "--output_dir", out]
+        zero = ["--deepspeed", ROOT / "ds_configs" / config] if config else []
+        run(start + common + cut + zero, cwd=work)
+        outs[name] = out
+    return outs
+
+
+WAYS = ["4x4", "2 ranks 8x1 ZeRO-2", "2 ranks 4x2 ZeRO-3"]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_losses_and_gradient_norms_are_equal_however_the_global_batch_is_cut(four_ways, way):
+    for key in ("loss", "grad_norm"):
+        reference = history(four_ways["16x1"], key)
+        assert len(reference) == 6
+        assert history(four_ways[way], key) == pytest.approx(reference, rel=1e-4), key
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_evaluation_loss_and_rouge_are_equal_at_any_number_of_ranks(four_ways, way):
+    reference = json.loads((four_ways["16x1"] / "eval_results.json").read_text())
+    results = json.loads((four_ways[way] / "eval_results.json").read_text())
+    assert results["eval_loss"] == pytest.approx(reference["eval_loss"], rel=1e-4)
+    for key in ("eval_rouge1", "eval_rouge2", "eval_rougeL", "eval_rougeLsum", "eval_gen_len", "eval_samples"):
+        assert results[key] == pytest.approx(reference[key]), key
+
+
+def test_evaluation_loss_is_the_mean_over_all_target_tokens(four_ways, work):
+    out = four_ways["16x1"]
+    model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(out).eval(), AutoTokenizer.from_pretrained(out)
+    total, count = 0.0, 0
+    for row in read_predictions(out):
+        labels = tokenizer(text_target=row["reference"], return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            loss = model(**tokenizer(PREFIX + row["source"], return_tensors="pt"), labels=labels).loss
+        total, count = total + loss.item() * labels.numel(), count + labels.numel()
+    results = json.loads((out / "eval_results.json").read_text())
+    assert results["eval_loss"] == pytest.approx(total / count, rel=1e-4)
+
+
+@pytest.mark.parametrize("way", ["16x1", *WAYS])
+def test_the_exported_folder_generates_the_same_text_in_a_fresh_load(four_ways, way):
+    out = four_ways[way]
+    model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(out).eval(), AutoTokenizer.from_pretrained(out)
+    rows = read_predictions(out)
+    assert len(rows) == 13 and len({row["prediction"] for row in rows}) > 3
+    for row in rows:
+        ids = model.generate(**tokenizer(PREFIX + row["source"], return_tensors="pt"))
+        assert tokenizer.decode(ids[0], skip_special_tokens=True).strip() == row["prediction"]
+
+
+# ------------------------------------------------------------------------------------------------ ds_configs
+
+
+def test_every_deepspeed_config_leaves_the_optimizer_to_the_flags_and_the_rest_on_auto():
+    files = sorted((ROOT / "ds_configs").glob("*.json"))
+    assert [f.stem for f in files] == ["zero2", "zero2_offload", "zero3", "zero3_offload"]
+    for file in files:
+        config = json.loads(file.read_text())
+        assert "optimizer" not in config and "scheduler" not in config
+        assert config["bf16"] == {"enabled": "auto"}
+        for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_clipping"):
+            assert config[key] == "auto"
+
+
+@pytest.mark.parametrize("name", ["zero2_offload", "zero3_offload"])
+def test_offload_configs_train_a_step_in_bf16_with_adafactor(work, tmp_path, name):
+    # zero2.json and zero3.json are run by the four ways above.
+    run(
+        ["deepspeed", "--num_gpus", "1", "--master_port", "29572", SCRIPT, "--model_name_or_path", work / "tiny-t5"]
+        + ["--deepspeed", ROOT / f"ds_configs/{name}.json", "--do_train", "--train_file", work / "train.csv"]
+        + ["--output_dir", tmp_path / "out", "--optim", "adafactor", "--bf16", "--max_steps", "2"]
+        + ["--logging_steps", "1", "--gradient_checkpointing", "--save_strategy", "no"],
+        cwd=tmp_path,
+    )
+    losses = history(tmp_path / "out", "loss")
+    assert len(losses) == 2 and all(0 < loss < 20 for loss in losses)
+
+
+# ------------------------------------------------------------------------------------------------ resume
+
+KILL_IN_SAVE = """
+import os, signal, sys
+from transformers.trainer_callback import TrainerState
+save = TrainerState.save_to_json
+def die(state, path):
+    if "checkpoint-6" in path:
+        os.kill(os.getpid(), signal.SIGKILL)
+    save(state, path)
+TrainerState.save_to_json = die
+sys.path.insert(0, sys.argv.pop(1))
+import run_summarization
+run_summarization.main()
+"""
+
+
+def test_a_run_killed_while_saving_resumes_from_the_whole_checkpoint_and_ends_bit_equal(work, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(work / "tiny-t5", model)
+    config = model / "config.json"
+    config.write_text(config.read_text().replace('"dropout_rate": 0.0', '"dropout_rate": 0.1'))  # random states count
+    arguments = ["--model_name_or_path", model, "--do_train", "--train_file", work / "train.csv", "--max_steps", "8"]
+    arguments += ["--optim", "adafactor", "--learning_rate", "1e-2", "--save_steps", "3", "--seed", "7"]
+    arguments += ["--per_device_train_batch_size", "16"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    run([sys.executable, SCRIPT, *arguments, "--output_dir", whole], cwd=tmp_path)
+
+    command = [sys.executable, "-c", KILL_IN_SAVE, ROOT, *arguments, "--output_dir", killed]
+    assert run(command, cwd=tmp_path, check=False).returncode == -9
+    assert (killed / "checkpoint-6").is_dir() and not (killed / "checkpoint-6/trainer_state.json").exists()
+    resumed = run([sys.executable, SCRIPT, *arguments, "--output_dir", killed], cwd=tmp_path)
+    assert "Passing over" in resumed.stdout and "checkpoint-6" in resumed.stdout
+    assert f"going on from {killed / 'checkpoint-3'}" in resumed.stdout
+    assert (killed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+def test_a_torn_file_makes_a_checkpoint_incomplete(tmp_path):
+    folder = tmp_path / "checkpoint-1"
+    folder.mkdir()
+    assert "trainer_state.json" in script.explain_incomplete(folder)
+    (folder / "trainer_state.json").write_text("{}")
+    assert "optimizer" in script.explain_incomplete(folder)
+    torch.save({"a": torch.ones(1000)}, folder / "optimizer.pt")
+    assert script.explain_incomplete(folder) is None
+    (folder / "optimizer.pt").write_bytes((folder / "optimizer.pt").read_bytes()[:-100])
+    assert "optimizer.pt is torn" in script.explain_incomplete(folder)
+
+
+# ------------------------------------------------------------------------------------------------ scores
+
+
+def test_japanese_is_scored_letter_by_letter_and_english_stemmed():
+    same = script.compute_rouge(["とても良いカメラです。"], ["とても良いカメラです。"], "ja")
+    assert same["rouge1"] == 100.0 and same["rougeLsum"] == 100.0
+    assert 0 < script.compute_rouge(["良いカメラ"], ["悪いカメラ"], "ja")["rouge1"] < 100
+    assert script.compute_rouge(["良いカメラ"], ["良いカメラ"], "en")["rouge1"] == 0  # why the flag is there
+    assert script.compute_rouge(["great cameras"], ["great camera"], "en")["rouge1"] == 100.0
+    assert script.compute_rouge(["schöne Größe"], ["schöne Größe"], "de")["rouge2"] == 100.0
+
+
+def test_rouge_equals_rouge_score_on_known_texts():
+    from rouge_score import rouge_scorer
+
+    pairs = [("the cat sat on the mat", "a cat was on the mat"), ("no word shared", "entirely different text")]
+    scorer = rouge_scorer.RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
+    scores = script.compute_rouge([p for p, _ in pairs], [r for _, r in pairs], "en")
+    for name in ("rouge1", "rouge2", "rougeL"):
+        expected = sum(scorer.score(r, p)[name].fmeasure for p, r in pairs) / 2 * 100
+        assert scores[name] == pytest.approx(expected, abs=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------ small parts
+
+
+def test_the_filled_sampler_gives_every_row_once_and_the_same_order_at_any_number_of_ranks():
+    one, four = script.FilledSampler(10, 1, 3), script.FilledSampler(10, 16, 3)
+    assert list(four)[:10] == list(one) and sorted(one) == list(range(10))
+    assert list(four)[10:] == [-1] * 6 and len(four) == 16
+    first = list(one)
+    one.set_epoch(1)
+    assert list(one) != first
+
+
+def test_rows_are_cut_counted_and_prefixed(work):
+    tokenizer = AutoTokenizer.from_pretrained(work / "tiny-t5")
+    limits = {"max_source_length": 6, "max_target_length": 3, "pad_to_max_length": False}
+    limits["ignore_pad_token_for_loss"] = True
+    rows = {"t": ["The lens is great and more and more of it", "ok"], "s": ["great lens indeed it is", "ok"]}
+    out = script.tokenize_rows(rows, tokenizer, "t", "s", "summarize: ", limits)
+    assert out["source_cut"][0] and out["target_cut"][0]
+    assert all(len(row) <= 6 for row in out["input_ids"]) and all(len(row) <= 3 for row in out["labels"])
+    assert all(row[-1] == tokenizer.eos_token_id for row in out["input_ids"] + out["labels"])
+    whole = script.tokenize_rows(
+        rows, tokenizer, "t", "s", "", {**limits, "max_source_length": 99, "max_target_length": 99}
+    )
+    assert whole["source_cut"] == whole["target_cut"] == [False, False]
+    assert tokenizer.decode(whole["labels"][1], skip_special_tokens=True) == "ok"
+
+
+def test_columns_are_named_or_known_or_the_first_two():
+    assert script.find_columns(["id", "summary", "document"], None, None) == ("document", "summary")
+    assert script.find_columns(["a", "b", "c"], None, None) == ("a", "b")
+    assert script.find_columns(["a", "b", "c"], "c", "a") == ("c", "a")
+    with pytest.raises(script.UsageError, match="there are a, b"):
+        script.find_columns(["a", "b"], "nope", None)
