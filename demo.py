@@ -52,8 +52,8 @@ def main() -> None:
         "--model_name_or_path", str(model), "--do_train", "--do_eval",
         "--train_file", str(data / "train.csv"), "--validation_file", str(data / "validation.csv"),
         "--source_prefix", "summarize: ", "--output_dir", str(out), "--optim", "adafactor", "--learning_rate", "1e-2",
-        "--bf16", "--max_steps", "120", "--logging_steps", "10", "--eval_on_start", "--predict_with_generate",
-        "--per_device_train_batch_size", "64", "--per_device_eval_batch_size", "128",
+        *(["--bf16"] if torch.cuda.is_available() else []), "--max_steps", "150", "--logging_steps", "10", "--eval_on_start", "--predict_with_generate",
+        "--per_device_train_batch_size", "16", "--per_device_eval_batch_size", "64",
         "--max_source_length", "96", "--max_target_length", "24", "--save_strategy", "no")  # fmt: skip
 
     rows = [json.loads(line) for line in open(out / "generated_predictions.jsonl", encoding="utf-8")]

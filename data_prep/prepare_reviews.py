@@ -67,8 +67,8 @@ TAG_END = r"(?:\s[^<>]*)?/?>"
 INLINE = rf"(?i)</?(?:{INLINE_TAGS}){TAG_END}"
 BLOCK = rf"(?is)<(?:script|style)\b[^>]*>.*?</(?:script|style)\s*>|</?(?:{BLOCK_TAGS}){TAG_END}|<!--.*?-->"
 # Amazon's own marks: [[VIDEOID:9754c]] is no text, [[ASIN:B000ZEXKJE GumDrop Pacifier]] stands for its title.
-VIDEO_MARK = r"\[\[VIDEOID:[^\]]*\]\]"
-ASIN_MARK = r"\[\[ASIN:\w+ ?([^\]]*)\]\]"
+VIDEO_MARK = r"(?i)\[\[VIDEOID:[^\]]*\]\]"
+ASIN_MARK = r"(?i)\[\[ASIN:\w+ ?([^\]]*)\]\]"
 # With the semicolon: without it html.unescape would turn "fish&notes" into "fish¬es".
 ENTITY = r"&(?:#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,31});"
 DECODE_ROUNDS = 3  # "&amp;amp;#34;" is a quote escaped twice over
@@ -81,11 +81,11 @@ TITLES = r"\b((?i:mr|mrs|ms|dr|st|jr|sr|vs|approx))\."  # their full stop ends n
 HELD_STOP = "\x01"  # stands in for that full stop; control characters have been cleaned out by then
 
 NUMBER = r"(?:zero|half|one|two|three|four|five|six|seven|eight|nine|ten|[0-9]+(?:[.,][0-9]+)?)"
-# "Five Stars", "4 stars!", "a 5-star", "4 1/2 stars", "4 out of 5 stars", "4.5/5 stars", "5*", "★★★★★"
+# "Five Stars", "4 stars!", "a 5-star rating", "4 1/2 stars", "4 out of 5 stars", "10+ stars", "5*", "★★★★★"
+PARTS = rf"(?: ?(?:/|out of|of) ?{NUMBER}|(?: and)? [0-9]/[0-9]|(?: and)? ?[¼½¾]| and an? half|\+)?"
 STAR_HEADLINE = (
-    r"(?i)^[\W_]*(?:an? )?(?:"
-    rf"{NUMBER}(?: ?(?:/|out of|of) ?{NUMBER}| 1/2| ?½| and an? half)?[ -]*(?:stars?\b|[*★☆⭐]+)"
-    r"|[*★☆⭐][*★☆⭐ ]*)(?:[\W_]|\x{FE0F})*$"
+    rf"(?i)^(?:[\W_]|\x{{FE0F}})*(?:an? )?(?:{NUMBER}{PARTS}[ -]*(?:stars?\b|[*★☆⭐]+)|[*★☆⭐][*★☆⭐ ]*)"
+    r"(?: ?(?:rating|review)s?)?(?:[\W_]|\x{FE0F})*$"  # FE0F follows many an emoji and counts as a letter
 )
 
 # Rows of the table at the end, in order. The reasons are tried in this order: a row counts for the first that holds.
@@ -124,16 +124,8 @@ def parse_args(argv=None):
 
 
 def check_args(args):
-    """Return every problem with the arguments as a list of sentences; nothing but file names is looked at."""
+    """Return every problem with the arguments as a list of sentences; check_inputs looks at the files."""
     problems = []
-    for name in args.input_file:
-        if ending(name) not in KNOWN_ENDINGS or name.lower().endswith(".parquet.gz"):
-            known = ", ".join(KNOWN_ENDINGS)
-            problems.append(f"--input_file {name}: unknown ending; known are {known} (text ones also .gz)")
-        elif not Path(name).is_file():
-            problems.append(
-                f"--input_file {name}: {'a folder, name its files' if Path(name).exists() else 'no such file'}"
-            )
     for flag in ("max_source_words", "max_target_words"):
         if getattr(args, flag) < 1:
             problems.append(f"--{flag} {getattr(args, flag)}: at least 1 is needed")
@@ -236,7 +228,14 @@ def read_jsonl(path):
 
 def read_columns(path):
     """Return the names of a file's columns; ValueError if it holds none or cannot be read."""
-    kind = ending(str(path))
+    kind = ending(path)
+    if kind not in KNOWN_ENDINGS or path.lower().endswith(".parquet.gz"):
+        known = ", ".join(KNOWN_ENDINGS)
+        raise ValueError(f"--input_file {path}: unknown ending; known are {known} (the text ones also .gz)")
+    if not Path(path).is_file():
+        raise ValueError(
+            f"--input_file {path}: {'a folder; name its files' if Path(path).exists() else 'no such file'}"
+        )
     if kind == ".parquet":
         try:
             columns = list(pl.read_parquet_schema(path))
@@ -275,7 +274,7 @@ def choose_columns(path, columns, asked):
 def check_inputs(paths, asked):
     """Return ({path: its three columns}, problems); only the head of each file is read."""
     chosen, problems = {}, []
-    for path in paths:
+    for path in dict.fromkeys(paths):
         try:
             chosen[path] = choose_columns(path, read_columns(path), asked)
         except ValueError as error:
@@ -299,7 +298,7 @@ def find_fault(fields, names):
 
 def read_rows_of(path, names):
     """Yield (place, fields, fault) for every row of a file; fault is None, or says why fields is of no use."""
-    kind = ending(str(path))
+    kind = ending(path)
     if kind == ".parquet":
         try:
             table = pl.read_parquet(path, columns=names).select(pl.col(names[:2]), pl.col(names[2]).cast(pl.String))
@@ -522,12 +521,10 @@ def main(argv=None):
     # 1. Arguments and the heads of the files: what can be known to be wrong is said before the work.
     started = time.perf_counter()
     args = parse_args(argv)
-    problems = check_args(args)
-    readable = [name for name in dict.fromkeys(args.input_file) if not any(f"file {name}:" in p for p in problems)]
-    asked = (args.body_column, args.headline_column, args.product_column)
-    chosen, input_problems = check_inputs(readable, asked)
-    if problems or input_problems:
-        refuse(problems + input_problems)
+    chosen, problems = check_inputs(args.input_file, (args.body_column, args.headline_column, args.product_column))
+    problems = check_args(args) + problems
+    if problems:
+        refuse(problems)
 
     counts = Counter()
     try:
