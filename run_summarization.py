@@ -246,7 +246,9 @@ def prepare_cpu(deepspeed_config: str | None) -> None:
     lock on which later runs wait in silence.
     """
     # Left to itself each rank starts a thread a core; two ranks of ZeRO-3 on two cores are then 3 times slower.
-    threads = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    # (deepspeed says LOCAL_SIZE, torchrun LOCAL_WORLD_SIZE)
+    ranks = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    threads = max(1, (os.cpu_count() or 1) // ranks)
     threads = int(os.environ.setdefault("OMP_NUM_THREADS", str(threads)))
     torch.set_num_threads(threads)
     if int(os.environ.get("RANK", 0)) == 0:

@@ -5,9 +5,9 @@ import json
 import sys
 
 import pytest
-from conftest import ROOT, run
 
 import run_summarization as script
+from conftest import ROOT, run
 
 
 @pytest.fixture

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, run
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 import run_summarization as script
+from conftest import ROOT, run
 
 SCRIPT = ROOT / "run_summarization.py"
 PREFIX = "summarize: "
