@@ -576,9 +576,10 @@ def find_columns(columns: list[str], text_column: str | None, summary_column: st
     return text_column or known[0], summary_column or known[1]
 
 
-def is_usable(row: dict, text_column: str, summary_column: str) -> bool:
-    """Whether a row has both a text and a summary that are more than white space."""
-    return all(row[c] is not None and str(row[c]).strip() for c in (text_column, summary_column))
+def find_unusable_rows(texts: list, summaries: list) -> list[int]:
+    """Indices of the rows whose text or summary is missing or only white space."""
+    pairs = enumerate(zip(texts, summaries, strict=True))
+    return [i for i, pair in pairs if not all(value is not None and str(value).strip() for value in pair)]
 
 
 def tokenize_rows(rows: dict, tokenizer, text_column: str, summary_column: str, prefix: str, limits: dict) -> dict:
@@ -589,29 +590,26 @@ def tokenize_rows(rows: dict, tokenizer, text_column: str, summary_column: str, 
     tokens), pad_to_max_length, ignore_pad_token_for_loss.
     """
     padding = "max_length" if limits["pad_to_max_length"] else False
-    sources = tokenizer([prefix + str(text) for text in rows[text_column]])["input_ids"]
-    targets = tokenizer(text_target=[str(text) for text in rows[summary_column]])["input_ids"]
-    features = tokenizer(
-        [prefix + str(text) for text in rows[text_column]],
-        max_length=limits["max_source_length"],
-        truncation=True,
-        padding=padding,
-    )
-    labels = tokenizer(
-        text_target=[str(text) for text in rows[summary_column]],
-        max_length=limits["max_target_length"],
-        truncation=True,
-        padding=padding,
-    )["input_ids"]
+    sources = [prefix + str(text) for text in rows[text_column]]
+    targets = [str(text) for text in rows[summary_column]]
+    features = tokenizer(sources, max_length=limits["max_source_length"], truncation=True, padding=padding)
+    labels = tokenizer(text_target=targets, max_length=limits["max_target_length"], truncation=True, padding=padding)
+    result = {"input_ids": features["input_ids"], "attention_mask": features["attention_mask"]}
+    result["labels"] = labels["input_ids"]
     if padding and limits["ignore_pad_token_for_loss"]:
-        labels = [[token if token != tokenizer.pad_token_id else -100 for token in row] for row in labels]
-    return {
-        "input_ids": features["input_ids"],
-        "attention_mask": features["attention_mask"],
-        "labels": labels,
-        "source_cut": [len(row) > limits["max_source_length"] for row in sources],
-        "target_cut": [len(row) > limits["max_target_length"] for row in targets],
-    }
+        pad = tokenizer.pad_token_id
+        result["labels"] = [[token if token != pad else -100 for token in row] for row in labels["input_ids"]]
+    result["source_cut"] = find_cut(result["input_ids"], limits["max_source_length"], sources, tokenizer, "text")
+    result["target_cut"] = find_cut(result["labels"], limits["max_target_length"], targets, tokenizer, "text_target")
+    return result
+
+
+def find_cut(ids: list[list[int]], limit: int, texts: list[str], tokenizer, argument: str) -> list[bool]:
+    """Which texts are longer than `limit` tokens; only rows that fill the limit are tokenised again."""
+    full = [i for i, row in enumerate(ids) if len(row) >= limit]
+    whole = tokenizer(**{argument: [texts[i] for i in full]})["input_ids"] if full else []
+    cut = {i for i, row in zip(full, whole, strict=True) if len(row) > limit}
+    return [i in cut for i in range(len(ids))]
 
 
 def prepare_split(raw, split: str, max_samples: int | None, tokenizer, data_args, training_args):
@@ -624,46 +622,45 @@ def prepare_split(raw, split: str, max_samples: int | None, tokenizer, data_args
         raise UsageError(f"--dataset_name {data_args.dataset_name}: has no split {split!r}; it has {', '.join(raw)}")
     rows = raw[split]
     text_column, summary_column = find_columns(rows.column_names, data_args.text_column, data_args.summary_column)
+    rows = rows.select_columns([text_column, summary_column])
     if max_samples is not None:
         rows = rows.select(range(min(max_samples, len(rows))))
-    target = data_args.max_target_length if split == "train" else data_args.val_max_target_length
+    bad = find_unusable_rows(rows[text_column], rows[summary_column])
+    kept = rows.select(sorted(set(range(len(rows))) - set(bad))) if bad else rows
+    if len(kept) == 0:
+        raise UsageError(f"{split}: none of the {len(rows)} rows has a text and a summary")
     limits = {
         "max_source_length": data_args.max_source_length,
-        "max_target_length": target,
+        "max_target_length": data_args.max_target_length if split == "train" else data_args.val_max_target_length,
         "pad_to_max_length": data_args.pad_to_max_length,
         "ignore_pad_token_for_loss": data_args.ignore_pad_token_for_loss,
     }
+    settings = {"tokenizer": tokenizer, "prefix": data_args.source_prefix or "", "limits": limits}
     with training_args.main_process_first(desc=f"tokenising {split}"):
-        columns = {"text_column": text_column, "summary_column": summary_column}
-        bad = [
-            i
-            for i, pair in enumerate(zip(rows[text_column], rows[summary_column], strict=True))
-            if not is_usable({text_column: pair[0], summary_column: pair[1]}, **columns)
-        ]
-        kept = rows.select(sorted(set(range(len(rows))) - set(bad))) if bad else rows
-        if len(kept) == 0:
-            raise UsageError(f"{split}: none of the {len(rows)} rows has a text and a summary")
         tokenized = kept.map(
             tokenize_rows,
             batched=True,
             num_proc=data_args.preprocessing_num_workers,
             remove_columns=kept.column_names,
             load_from_cache_file=not data_args.overwrite_cache,
-            fn_kwargs={"tokenizer": tokenizer, "prefix": data_args.source_prefix or "", "limits": limits, **columns},
+            fn_kwargs={"text_column": text_column, "summary_column": summary_column, **settings},
             desc=f"Tokenising {split}",
         )
     if training_args.process_index == 0:
-        cut = f"{sum(tokenized['source_cut'])} sources and {sum(tokenized['target_cut'])} targets cut"
-        print(
-            f"{split}: {len(rows)} rows read, {len(kept)} used ({text_column} -> {summary_column}), {cut}, "
-            f"{len(bad)} without a text or a summary left out"
-            + (f": rows {', '.join(map(str, bad[:5]))}{' ...' if len(bad) > 5 else ''}" if bad else ""),
-            flush=True,
-        )
-    kept = kept.select_columns([text_column, summary_column]).rename_columns(
-        {text_column: "source", summary_column: "reference"} if text_column != summary_column else {}
-    )
+        report_split(split, rows, tokenized, bad)
+    kept = kept.rename_columns({text_column: "source", summary_column: "reference"})
     return kept, tokenized.remove_columns(["source_cut", "target_cut"])
+
+
+def report_split(split: str, rows, tokenized, bad: list[int]) -> None:
+    """Print what was read, used, cut and left out, and the first rows left out by their index from 0."""
+    named = f": rows {', '.join(map(str, bad[:5]))}{' ...' if len(bad) > 5 else ''}" if bad else ""
+    print(
+        f"{split}: {len(rows)} rows read, {len(tokenized)} used ({' -> '.join(rows.column_names)}), "
+        f"{sum(tokenized['source_cut'])} sources and {sum(tokenized['target_cut'])} targets cut, "
+        f"{len(bad)} without a text or a summary left out{named}",
+        flush=True,
+    )
 
 
 # ------------------------------------------------------------------------------------------------ model
