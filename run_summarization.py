@@ -434,7 +434,7 @@ def find_deepspeed_problems(args: argparse.Namespace) -> list[str]:
                 f"--deepspeed {path}: {'.'.join(keys)} is {json.dumps(value)} but --{flag} is {getattr(args, flag)}; "
                 f'make them equal or write "auto"'
             )
-    if "optimizer" in config and "--optim" in " ".join(sys.argv):
+    if "optimizer" in config and args.optim != Seq2SeqTrainingArguments.__dataclass_fields__["optim"].default:
         problems.append(f"--deepspeed {path}: its optimizer block overrules --optim; remove one of the two")
     offload = config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
     if "optimizer" not in config and offload != "none" and config.get("zero_force_ds_cpu_optimizer", True):

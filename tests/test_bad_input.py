@@ -74,6 +74,12 @@ def test_a_deepspeed_file_that_contradicts_a_flag_is_named(arguments, tmp_path):
     assert "bf16.enabled is true but --bf16 is False" in message
 
 
+def test_a_deepspeed_file_with_an_optimizer_of_its_own_contradicts_optim(arguments, tmp_path):
+    (tmp_path / "ds.json").write_text(json.dumps({"optimizer": {"type": "AdamW"}}))
+    message = arguments("--deepspeed", tmp_path / "ds.json", "--optim", "adafactor")
+    assert "its optimizer block overrules --optim" in message
+
+
 def test_an_output_folder_that_holds_something_else_is_refused(arguments, tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other/thesis.tex").write_text("x")
