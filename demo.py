@@ -53,7 +53,7 @@ def main() -> None:
     run("deepspeed", *ranks, "run_summarization.py", "--deepspeed", "ds_configs/zero3.json",
         "--model_name_or_path", str(model), "--do_train", "--do_eval",
         "--train_file", str(data / "train.csv"), "--validation_file", str(data / "validation.csv"),
-        "--source_prefix", "summarize: ", "--output_dir", str(out), "--optim", "adafactor", "--learning_rate", "1e-2",
+        "--source_prefix", "summarize: ", "--output_dir", str(out), "--optim", "adafactor", "--learning_rate", "3e-3",
         *bf16, "--max_steps", "300", "--logging_steps", "10", "--eval_on_start", "--predict_with_generate",
         "--per_device_train_batch_size", "16", "--per_device_eval_batch_size", "64",
         "--max_source_length", "96", "--max_target_length", "24", "--save_strategy", "no")  # fmt: skip
