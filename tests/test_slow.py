@@ -16,7 +16,7 @@ RANKS = ["deepspeed", "--num_gpus", "2", "--master_port", "29581"]
 def test_the_demo_beats_the_lead_baseline_by_far():
     run([sys.executable, "demo.py"], cwd=ROOT, timeout=800)
     results = json.loads((ROOT / "demo/out/all_results.json").read_text())
-    assert results["eval_rougeL"] > 15  # the lead baseline has 0.8, a run on 2026-11-21 had 25.0
+    assert results["eval_rougeL"] > 40  # the lead baseline has 0.8, a run on 2026-11-21 had 65.0
 
 
 @pytest.mark.parametrize("stage", ["zero2", "zero3"])
