@@ -242,7 +242,8 @@ class ZeroAdafactor(Adafactor):
             else:
                 state["exp_avg_sq"] = torch.zeros(shape, device=device)
             if group["beta1"] is not None:
-                state["exp_avg"] = torch.zeros_like(fragment.data, dtype=torch.float32)
+                whole = fragment.data.numel() == fragment.numel
+                state["exp_avg"] = torch.zeros(shape if whole else fragment.data.shape, device=device)
         for key, value in state.items():
             if torch.is_tensor(value) and value.device != device:
                 state[key] = value.to(device)
@@ -395,9 +396,9 @@ def load_zero_checkpoint(engine, folder: str) -> None:
     on 0.19.8). The fp32 weights are put together from the saved partitions one parameter at a time, the factors are
     the same in every rank's file. folder: with the file `latest`, as engine.save_checkpoint writes it.
     """
+    from deepspeed.runtime.zero.partition_parameters import GatheredParameters
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-    from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 
     with open(os.path.join(folder, "latest"), encoding="utf-8") as stream:
         tag = stream.read().strip()

@@ -4,9 +4,10 @@ One rank of the ZeroAdafactor tests: trains a small model under the cases named 
 
     torchrun --nproc_per_node 2 adafactor_worker.py OUT_DIR CASE [CASE ...]
 
-A case is a JSON object: name, stage (null: no DeepSpeed), steps, and any of zero (more of zero_optimization), dtype,
-clip, accumulation, save, load (checkpoint folders), optimizer (constructor arguments). The first rank writes
-OUT_DIR/NAME.pt: the fp32 weights by name, the losses, bytes of optimizer state.
+A case is a JSON object: name, stage, steps, and any of zero (more of zero_optimization), dtype (bf16, fp16), clip,
+accumulation, save and load (checkpoint folders; load_same: by DeepSpeed's own loader), optimizer (constructor
+arguments). The first rank writes OUT_DIR/NAME.pt: the fp32 weights by name, the losses, the bytes of optimizer state
+and the number of all-reduces in the optimizer.
 """
 
 import json
@@ -29,7 +30,7 @@ class Model(torch.nn.Module):
         self.embedding = torch.nn.Embedding(WORDS, WIDTH)
         self.first = torch.nn.Linear(WIDTH, 37)
         self.norm = torch.nn.LayerNorm(37)
-        self.convolution = torch.nn.Conv2d(1, 5, (3, 4), padding="same")
+        self.table = torch.nn.Parameter(torch.randn(2, 3, 5, 37) / 2)
         self.experts = torch.nn.Parameter(torch.randn(3, 37, 7) / 6)
         self.frozen = torch.nn.Linear(7, 7)
         self.last = torch.nn.Linear(7, WIDTH)
@@ -41,7 +42,7 @@ class Model(torch.nn.Module):
     def forward(self, ids, labels):
         x = self.embedding(ids)  # (rows, tokens, width)
         x = self.norm(self.first(x))
-        x = x + self.convolution(x[:, None]).mean(1) * 0.5
+        x = x + self.table[ids % 2, ids % 3, ids % 5]
         x = torch.einsum("btw,ewd->btd", torch.tanh(x), self.experts)
         x = self.last(torch.relu(self.frozen(x))) * self.scale
         return torch.nn.functional.cross_entropy(self.output(x).flatten(0, 1).float(), labels.flatten())
@@ -72,17 +73,29 @@ def state_bytes(optimizer) -> int:
 
 
 def run_plain(case: dict, optimizer_class) -> dict:
-    """One process, without DeepSpeed, the whole batch at once; the reference if the class is transformers' own."""
-    model = make_model()
+    """
+    One process, without DeepSpeed, the whole batch at once; the reference if the class is transformers' own.
+
+    dtype float64 computes all in it; bf16 computes gradients in bf16 for fp32 weights.
+    """
+    weights_dtype = torch.float64 if case.get("dtype") == "float64" else torch.float32
+    model = make_model(weights_dtype)
+    computing = make_model(torch.bfloat16) if case.get("dtype") == "bf16" else model
     optimizer = optimizer_class(make_groups(model), **{**STOCK, **case.get("optimizer", {})})
     losses = []
     for step in range(case["steps"]):
-        loss = model(*make_batch(step))
+        loss = computing(*make_batch(step))
         loss.backward()
+        if computing is not model:
+            for parameter, copy in zip(model.parameters(), computing.parameters(), strict=True):
+                parameter.grad = None if copy.grad is None else copy.grad.float()
         if case.get("clip"):
             torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], case["clip"])
         optimizer.step()
-        optimizer.zero_grad()
+        model.zero_grad()
+        computing.zero_grad()
+        if computing is not model:
+            computing.load_state_dict(model.state_dict())
         losses.append(loss.item())
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
     return {"weights": weights, "losses": losses, "state_bytes": state_bytes(optimizer)}
@@ -109,8 +122,8 @@ def make_config(case: dict, ranks: int) -> dict:
 
 def get_full_weights(engine) -> dict:
     """The fp32 weights by name, the same on every rank."""
-    from deepspeed.utils import safe_get_full_fp32_param
     from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+    from deepspeed.utils import safe_get_full_fp32_param
 
     weights = {}
     for name, parameter in engine.module.named_parameters():
@@ -126,22 +139,22 @@ def run_zero(case: dict) -> dict:
     """Under DeepSpeed, the global batch divided between the ranks and the accumulation steps."""
     import deepspeed
 
-    from zero_adafactor import ZeroAdafactor, load_zero_checkpoint
+    import zero_adafactor
 
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     config = make_config(case, ranks)
     model = make_model()
     if case["stage"] == 3:
         model = deepspeed.zero.Init(module=model, config_dict_or_path=config) and model
-    optimizer = ZeroAdafactor(make_groups(model), **{**STOCK, **case.get("optimizer", {})})
+    optimizer = zero_adafactor.ZeroAdafactor(make_groups(model), **{**STOCK, **case.get("optimizer", {})})
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
-    first = 0
     if case.get("load"):
-        if case.get("same_shape"):
-            engine.load_checkpoint(case["load"])
-        else:
-            load_zero_checkpoint(engine, case["load"])
-        first = engine.global_steps
+        zero_adafactor.load_zero_checkpoint(engine, case["load"])
+    if case.get("load_same"):
+        engine.load_checkpoint(case["load_same"])
+    first = engine.global_steps
+    calls, all_reduce = [], zero_adafactor.all_reduce
+    zero_adafactor.all_reduce = lambda *args: calls.append(1) or all_reduce(*args)
     size = config["train_micro_batch_size_per_gpu"]
     losses = []
     for step in range(first, case["steps"]):
@@ -158,7 +171,8 @@ def run_zero(case: dict) -> dict:
     weights = get_full_weights(engine)
     if case.get("save"):
         engine.save_checkpoint(case["save"])
-    result = {"weights": weights, "losses": losses, "state_bytes": state_bytes(optimizer)}
+    zero_adafactor.all_reduce = all_reduce
+    result = {"weights": weights, "losses": losses, "state_bytes": state_bytes(optimizer), "calls": len(calls)}
     engine.destroy()
     return result
 
