@@ -43,6 +43,7 @@ import torch
 import transformers
 from datasets import load_dataset
 from transformers import (
+    Adafactor,
     AutoConfig,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
@@ -53,7 +54,12 @@ from transformers import (
     TrainerCallback,
     set_seed,
 )
-from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.integrations.deepspeed import deepspeed_load_checkpoint, is_deepspeed_zero3_enabled
+
+try:  # the optional companion beside this script
+    import zero_adafactor
+except ModuleNotFoundError:
+    zero_adafactor = None
 
 logger = logging.getLogger(__name__)
 
@@ -128,6 +134,14 @@ class ModelArguments:
     )
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Run code that comes with a hub model. Only for code you have read."}
+    )
+    pure_bf16: bool = field(
+        default=False,
+        metadata={
+            "help": "Weights, gradients and arithmetic in bf16 with stochastic rounding: 4 bytes a parameter in all. "
+            "With --optim adafactor and zero_adafactor.py, without --deepspeed. `--optim_args step_in_backward=true` "
+            "frees each gradient at once: near 2 bytes; one process, no accumulation, --max_grad_norm 0."
+        },
     )
     resize_position_embeddings: bool | None = field(
         default=None,
@@ -206,6 +220,8 @@ def parse_arguments(argv: list[str]):
     on_cpu = namespace.use_cpu or not has_accelerator()
     if on_cpu:
         namespace.use_cpu = True
+    if namespace.pure_bf16:
+        namespace.bf16 = False  # there is nothing left to cast
     problems = find_argument_problems(namespace)
     if problems:
         raise UsageError("\n".join(problems))
@@ -285,6 +301,7 @@ def find_argument_problems(args: argparse.Namespace) -> list[str]:
             problems.append(f"--{flag} {getattr(args, flag)}: must be 1 or more; leave the flag out for all")
     problems += find_model_problems(args)
     problems += find_deepspeed_problems(args)
+    problems += find_optimizer_problems(args)
     if args.output_dir is not None:
         problems += find_output_problems(args)
     return problems
@@ -442,6 +459,41 @@ def find_deepspeed_problems(args: argparse.Namespace) -> list[str]:
             f"--deepspeed {path}: offload_optimizer with --optim {args.optim} needs "
             '"zero_force_ds_cpu_optimizer": false'
         )
+    if offload == "nvme" and args.optim == "adafactor":
+        problems.append(
+            f"--deepspeed {path}: offload_optimizer on nvme swaps state as large as the weights, which Adafactor's "
+            'factors are not; there is next to none: write "device": "cpu"'
+        )
+    return problems
+
+
+def find_optimizer_problems(args: argparse.Namespace) -> list[str]:
+    """What --pure_bf16 and stepping in the backward pass ask for and exclude."""
+    problems = []
+    in_backward = "step_in_backward" in str(args.optim_args)
+    needs = "--optim_args step_in_backward" if in_backward else "--pure_bf16"
+    if args.pure_bf16 or in_backward:
+        if args.optim != "adafactor":
+            problems.append(f"{needs}: only --optim adafactor rounds and steps so, not --optim {args.optim}")
+        if zero_adafactor is None:
+            problems.append(f"{needs}: needs zero_adafactor.py; copy it beside this script")
+        if args.deepspeed is not None:
+            problems.append(f"{needs}: not under --deepspeed, which keeps fp32 weights; use torchrun or one process")
+        if args.fp16:
+            problems.append(f"{needs}: not with --fp16; leave it out")
+    if in_backward:
+        if args.gradient_accumulation_steps > 1:
+            problems.append(
+                f"{needs}: --gradient_accumulation_steps {args.gradient_accumulation_steps} needs "
+                "the gradients of several passes; use a larger --per_device_train_batch_size or leave one out"
+            )
+        if args.max_grad_norm > 0:
+            problems.append(
+                f"{needs}: --max_grad_norm {args.max_grad_norm} needs all gradients at once; give "
+                "--max_grad_norm 0 (Adafactor clips each update itself)"
+            )
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            problems.append(f"{needs}: works in one process only; start it with `python`")
     return problems
 
 
@@ -680,9 +732,10 @@ def load_model(model_args, data_args, training_args):
         tokenizer = AutoTokenizer.from_pretrained(
             model_args.tokenizer_name or name, use_fast=model_args.use_fast_tokenizer, **hub
         )
-        # fp32 here: transformers 5 would keep a bf16 file in bf16, where small updates are lost. Under DeepSpeed the
-        # bf16 copy is made from these weights.
-        model = AutoModelForSeq2SeqLM.from_pretrained(name, config=config, dtype=torch.float32, **hub)
+        # fp32 here: transformers 5 would keep a bf16 file in bf16, where small updates are lost unless they are
+        # rounded stochastically. Under DeepSpeed the bf16 copy is made from these weights.
+        dtype = torch.bfloat16 if model_args.pure_bf16 else torch.float32
+        model = AutoModelForSeq2SeqLM.from_pretrained(name, config=config, dtype=dtype, **hub)
     except OSError as error:
         raise UsageError(f"--model_name_or_path {name}: cannot be loaded: {error}") from None
     except ValueError as error:
@@ -786,6 +839,22 @@ class TokenMeanTrainer(Seq2SeqTrainer):
         multiple = self.args.per_device_train_batch_size * self.args.world_size if self.args.world_size > 1 else 1
         return FilledSampler(len(self.train_dataset), multiple, seed)
 
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args, model=None):
+        """The stock choice, with ZeroAdafactor in the place of Adafactor where zero_adafactor.py is at hand."""
+        optimizer_class, kwargs = Seq2SeqTrainer.get_optimizer_cls_and_kwargs(args, model)
+        if optimizer_class is Adafactor and zero_adafactor is not None:
+            optimizer_class = zero_adafactor.ZeroAdafactor
+        return optimizer_class, kwargs
+
+    def create_optimizer(self, model=None):
+        """The stock one; with `--optim_args step_in_backward=true` it steps inside the backward pass."""
+        made = self.optimizer is not None
+        super().create_optimizer(model)
+        if not made and "step_in_backward" in str(self.args.optim_args):
+            self.optimizer.step_in_backward()
+        return self.optimizer
+
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None, **gen_kwargs):
         """Returns (token-mean loss of the batch, generated ids or None, labels or None), all on this rank."""
         inputs = self._prepare_inputs(inputs)
@@ -875,6 +944,42 @@ def shorten(text: str, width: int = 160) -> str:
     """Text on one line of at most `width` characters."""
     text = " ".join(str(text).split())
     return text if len(text) <= width else text[: width - 4] + " ..."
+
+
+def describe_optimizer(model, training_args) -> str:
+    """Which optimizer it is; under ZeRO, what the stock Adafactor costs there."""
+    if training_args.optim != "adafactor":
+        return f"optimizer: {training_args.optim}"
+    if zero_adafactor is not None:
+        return "optimizer: ZeroAdafactor of zero_adafactor.py: factored and the same on any number of ranks"
+    count = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
+    if training_args.deepspeed is None:
+        return "optimizer: Adafactor of transformers (zero_adafactor.py is not beside this script)"
+    return (
+        "WARNING: zero_adafactor.py is not beside this script, and under ZeRO the Adafactor of transformers does not "
+        f"factor: {4 * count / 1e9:.2f} GB of state (4 bytes a parameter), updates that depend on the number of ranks"
+    )
+
+
+def load_deepspeed_checkpoint(engine, checkpoint_path: str, load_module_strict: bool = True) -> None:
+    """
+    In the place of the trainer's function of that use: also loads what other ranks or another ZeRO stage saved.
+
+    Raises UsageError where the optimizer is not ZeroAdafactor, whose state alone can follow.
+    """
+    saved = list((Path(checkpoint_path) / (Path(checkpoint_path) / "latest").read_text().strip()).glob("*.pt"))
+    ranks = sum(path.name.endswith("_optim_states.pt") for path in saved)
+    partitioned = any("zero_pp_rank" in path.name for path in saved if path.name.endswith("_model_states.pt"))
+    if (ranks, partitioned) == (engine.dp_world_size, engine.zero_optimization_stage() == 3):
+        return deepspeed_load_checkpoint(engine, checkpoint_path, load_module_strict)
+    if zero_adafactor is None or not isinstance(engine.basic_optimizer, zero_adafactor.ZeroAdafactor):
+        raise UsageError(
+            f"{checkpoint_path} was saved on {ranks} processes at ZeRO stage {'3' if partitioned else '1 or 2'}: go "
+            "on like that, or use --optim adafactor with zero_adafactor.py, whose checkpoints go on anywhere"
+        )
+    if engine.global_rank == 0:
+        print(f"{checkpoint_path} was saved on {ranks} processes; going on with {engine.dp_world_size}", flush=True)
+    zero_adafactor.load_zero_checkpoint(engine, checkpoint_path)
 
 
 def describe_batch(training_args) -> str:
@@ -1057,7 +1162,7 @@ def main(argv: list[str] | None = None) -> dict:
             tokenizer,
             model=model,
             label_pad_token_id=-100 if data_args.ignore_pad_token_for_loss else tokenizer.pad_token_id,
-            pad_to_multiple_of=8 if training_args.bf16 or training_args.fp16 else None,
+            pad_to_multiple_of=8 if training_args.bf16 or training_args.fp16 or model_args.pure_bf16 else None,
         ),
         compute_metrics=make_metrics(tokenizer, data_args.rouge_language)
         if training_args.predict_with_generate
@@ -1071,11 +1176,12 @@ def main(argv: list[str] | None = None) -> dict:
             rows, features = (part.select(range(min(SHOWN_SAMPLES, len(part)))) for part in splits["validation"])
             trainer.add_callback(SampleCallback(trainer, rows, features))
         if trainer.is_world_process_zero():
-            print(describe_batch(training_args), flush=True)
+            print(describe_optimizer(model, training_args), describe_batch(training_args), sep="\n", flush=True)
             print(
                 f"going on from {last_checkpoint}" if last_checkpoint else "starting from the model's own weights",
                 flush=True,
             )
+        transformers.trainer.deepspeed_load_checkpoint = load_deepspeed_checkpoint
         metrics = trainer.train(resume_from_checkpoint=last_checkpoint).metrics
         metrics["train_samples"] = len(splits["train"][0])
         trainer.save_model()

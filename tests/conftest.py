@@ -79,7 +79,7 @@ def trained(work) -> Path:
     alone = work / "alone"
     alone.mkdir()
     (alone / "run_summarization.py").write_text((ROOT / "run_summarization.py").read_text())
-    run(
+    done = run(
         [sys.executable, "run_summarization.py", "--model_name_or_path", work / "tiny-t5", "--do_train", "--do_eval"]
         + ["--train_file", work / "many.csv", "--validation_file", work / "validation.csv", "--output_dir", "out"]
         + ["--source_prefix", "summarize: ", "--optim", "adafactor", "--learning_rate", "2e-2", "--max_steps", "150"]
@@ -88,4 +88,5 @@ def trained(work) -> Path:
         + ["--bf16", "--run_name", "alone"],
         cwd=alone,
     )
+    (alone / "printed.txt").write_text(done.stdout)
     return alone / "out"
