@@ -20,7 +20,7 @@ COMMON = --do_train --do_eval --train_file $(TRAIN_FILE) --validation_file $(VAL
 	--source_prefix $(PREFIX) --optim adafactor --bf16 --predict_with_generate \
 	--max_source_length 256 --max_target_length 64
 
-.PHONY: demo test test-slow test-gpu quality style prep-reviews train-t5-small train-t5-large train-t5-11b clean
+.PHONY: demo test test-slow test-gpu bench-adafactor bench-gpu quality style prep-reviews train-t5-small train-t5-large train-t5-11b clean
 
 $(VENV)/.core: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -55,6 +55,13 @@ quality: $(VENV)/.dev
 style: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+bench-adafactor: $(VENV)/.core
+	$(BIN)/python benchmarks/adafactor_memory.py
+
+# t5-11b with full parameters on one GPU: ZeRO-3 with ZeroAdafactor, with AdamW (runs out of memory on 141 GB), pure bf16.
+bench-gpu: $(VENV)/.core
+	$(BIN)/python benchmarks/adafactor_memory.py --fit t5-11b
 
 prep-reviews: $(VENV)/.core
 	$(BIN)/python data_prep/prepare_reviews.py --input_file $(REVIEWS) --output_dir $(DATA) --drop_star_headlines $(EXTRA)

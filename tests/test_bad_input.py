@@ -80,6 +80,29 @@ def test_a_deepspeed_file_with_an_optimizer_of_its_own_contradicts_optim(argumen
     assert "its optimizer block overrules --optim" in message
 
 
+def test_adafactor_with_its_state_on_nvme_is_refused(arguments, tmp_path):
+    offload = {"device": "nvme", "nvme_path": "/tmp"}
+    zero = {"stage": 3, "offload_optimizer": offload}
+    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": zero, "zero_force_ds_cpu_optimizer": False}))
+    message = arguments("--deepspeed", tmp_path / "ds.json", "--optim", "adafactor")
+    assert "offload_optimizer on nvme" in message and 'write "device": "cpu"' in message
+
+
+def test_pure_bf16_names_everything_it_excludes(arguments, monkeypatch):
+    monkeypatch.setattr(script, "zero_adafactor", None)
+    message = arguments("--pure_bf16", "--deepspeed", ROOT / "ds_configs/zero2.json")
+    for claim in ("--optim adafactor", "needs zero_adafactor.py", "not under --deepspeed"):
+        assert f"--pure_bf16: {claim}" in message or claim in message
+
+
+def test_stepping_in_the_backward_pass_names_everything_it_excludes(arguments, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    flags = ["--optim", "adafactor", "--optim_args", "step_in_backward=true", "--gradient_accumulation_steps", 2]
+    message = arguments(*flags)
+    for claim in ("--gradient_accumulation_steps 2", "--max_grad_norm 1.0", "one process only"):
+        assert claim in message
+
+
 def test_an_output_folder_that_holds_something_else_is_refused(arguments, tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other/thesis.tex").write_text("x")

@@ -251,3 +251,69 @@ def test_columns_are_named_or_known_or_the_first_two():
     assert script.find_columns(["a", "b", "c"], "c", "a") == ("c", "a")
     with pytest.raises(script.UsageError, match="there are a, b"):
         script.find_columns(["a", "b"], "nope", None)
+
+
+# ------------------------------------------------------------------------------------- Adafactor, however cut
+
+
+@pytest.fixture(scope="module")
+def adafactor_ways(work) -> dict[str, Path]:
+    """50 steps of 12 rows with --optim adafactor: one process, and two ranks of ZeRO-3 that save at step 25."""
+    # From random weights: a model near its optimum has spikes that blow rounding up by 10 every few steps.
+    common = ["--model_name_or_path", work / "tiny-t5", "--do_train", "--train_file", work / "many.csv"]
+    common += ["--optim", "adafactor", "--learning_rate", "1e-3", "--max_steps", "50", "--logging_steps", "1"]
+    zero = ["--deepspeed", ROOT / "ds_configs/zero3.json", "--save_steps", "25", "--per_device_train_batch_size", "6"]
+    alone = ["--save_strategy", "no", "--per_device_train_batch_size", "12"]
+    outs = {"common": common, "one": work / "adafactor_one", "two": work / "adafactor_two"}
+    run([sys.executable, SCRIPT, *common, *alone, "--output_dir", outs["one"]], cwd=work)
+    ranks = ["deepspeed", "--num_gpus", "2", "--master_port", "29572", SCRIPT]
+    outs["printed"] = run([*ranks, *common, *zero, "--output_dir", outs["two"]], cwd=work).stdout
+    return outs
+
+
+def test_adafactor_on_two_ranks_of_zero3_has_the_losses_of_one_process(adafactor_ways):
+    expected, found = history(adafactor_ways["one"], "loss"), history(adafactor_ways["two"], "loss")
+    assert len(found) == 50 and found == pytest.approx(expected, rel=1e-4)
+    assert found[-1] < found[0] / 2
+    assert "optimizer: ZeroAdafactor" in adafactor_ways["printed"]
+
+
+def test_a_checkpoint_of_two_ranks_of_zero3_goes_on_with_one_rank_of_zero2(adafactor_ways, tmp_path):
+    shutil.copytree(adafactor_ways["two"] / "checkpoint-25", tmp_path / "out/checkpoint-25")
+    zero = ["--deepspeed", ROOT / "ds_configs/zero2.json", "--save_strategy", "no", "--output_dir", "out"]
+    start = ["deepspeed", "--num_gpus", "1", "--master_port", "29573", SCRIPT]
+    rows = ["--per_device_train_batch_size", "12"]
+    printed = run([*start, *adafactor_ways["common"], *zero, *rows], cwd=tmp_path).stdout
+    assert "saved on 2 processes; going on with 1" in printed
+    expected, found = history(adafactor_ways["one"], "loss"), history(tmp_path / "out", "loss")
+    assert len(found) == 50 and found[25:] == pytest.approx(expected[25:], rel=1e-4)
+    assert history(tmp_path / "out", "learning_rate") == pytest.approx(history(adafactor_ways["one"], "learning_rate"))
+
+
+def test_without_its_companion_the_script_says_which_adafactor_it_uses_and_what_it_costs(
+    trained, tmp_path, monkeypatch
+):
+    assert "optimizer: Adafactor of transformers (zero_adafactor.py is not" in (trained / "../printed.txt").read_text()
+    monkeypatch.setattr(script, "zero_adafactor", None)
+    model = AutoModelForSeq2SeqLM.from_pretrained(trained)
+    arguments = script.Seq2SeqTrainingArguments(str(tmp_path), optim="adafactor", use_cpu=True)
+    arguments.deepspeed = "zero3.json"
+    gigabytes = f"{4 * sum(p.numel() for p in model.parameters()) / 1e9:.2f} GB of state"
+    assert gigabytes in script.describe_optimizer(model, arguments)
+
+
+PURE = ["--pure_bf16", "--per_device_train_batch_size", "12", "--save_strategy", "no", "--output_dir"]
+
+
+def test_pure_bf16_learns_like_fp32_and_exports_bf16_weights(adafactor_ways, tmp_path):
+    run([sys.executable, SCRIPT, *adafactor_ways["common"], *PURE, tmp_path / "out"], cwd=tmp_path)
+    expected, found = history(adafactor_ways["one"], "loss"), history(tmp_path / "out", "loss")
+    assert sum(found[-10:]) == pytest.approx(sum(expected[-10:]), rel=0.05)
+    assert AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out", dtype="auto").dtype == torch.bfloat16
+
+
+def test_stepping_in_the_backward_pass_changes_no_loss(adafactor_ways, tmp_path):
+    command = [sys.executable, SCRIPT, *adafactor_ways["common"], "--max_steps", "5", "--max_grad_norm", "0", *PURE]
+    run([*command, tmp_path / "after"], cwd=tmp_path)
+    run([*command, tmp_path / "inside", "--optim_args", "step_in_backward=true"], cwd=tmp_path)
+    assert history(tmp_path / "inside", "loss") == history(tmp_path / "after", "loss")

@@ -195,13 +195,17 @@ def test_weights_after_50_steps_are_those_of_one_process_without_deepspeed(ranks
             assert result["calls"] == 50 * 2 * 2, name  # steps x groups x (sums, squared updates)
 
 
-def test_bf16_is_no_further_from_float64_than_one_process_with_stock_adafactor(tmp_path):
-    exact = worker.run_plain({"steps": 50, "clip": 1.0, "dtype": "float64"}, Adafactor)["losses"]
-    stock = worker.run_plain({"steps": 50, "clip": 1.0, "dtype": "bf16"}, Adafactor)["losses"]
-    cases = [{"name": f"stage {i}", "stage": i, "steps": 50, "clip": 1.0, "dtype": "bf16"} for i in range(4)]
+def test_in_half_precision_it_is_no_further_from_float64_than_one_process_with_stock_adafactor_in_bf16(tmp_path):
+    # Without clipping: at stage 0 in fp16 DeepSpeed 0.19.8 divides the gradient norm by the loss scale twice, so that
+    # it never clips.
+    exact = worker.run_plain({"steps": 50, "dtype": "float64"}, Adafactor)["losses"]
+    stock = worker.run_plain({"steps": 50, "dtype": "bf16"}, Adafactor)["losses"]
+    kinds = [("bf16", stage) for stage in (0, 1, 2, 3)] + [("fp16", stage) for stage in (0, 2, 3)]
+    cases = [{"name": f"{d} {s}", "dtype": d, "stage": s, "steps": 50} for d, s in kinds]
     allowed = max(abs(a - b) for a, b in zip(exact, stock, strict=True))
     for name, result in launch(2, tmp_path, cases, 29610).items():
-        assert max(abs(a - b) for a, b in zip(exact, result["losses"], strict=True)) <= 2 * allowed, name
+        furthest = max(abs(a - b) for a, b in zip(exact, result["losses"], strict=True))
+        assert 1e-4 < furthest <= 2 * allowed, name
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints

@@ -1,0 +1,29 @@
+# Copyright 2026 The plaintune authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""The benchmarks run and their tables say what they measured; no time is asserted."""
+
+import json
+import sys
+
+import pytest
+
+from conftest import ROOT, run
+
+
+def test_the_memory_table_has_factored_state_for_zero_adafactor_alone(tmp_path):
+    command = [sys.executable, ROOT / "benchmarks/adafactor_memory.py", "--shape", "tiny", "--ranks", "2"]
+    printed = run([*command, "--stages", "2", "--steps", "3"], cwd=tmp_path).stdout
+    cells = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if line.startswith("| ")
+    ]
+    rows = {row[0]: row[1:] for row in cells[1:]}
+    assert rows["Adafactor"][2] == "4.000" and rows["AdamW"][2] == "8.000"
+    assert float(rows["ZeroAdafactor"][2]) < 0.3
+    assert float(rows["ZeroAdafactor"][5]) < 1e-6 < 1e-3 < float(rows["Adafactor"][5])
+
+
+@pytest.mark.slow
+def test_the_fit_runs_all_three_optimizers(tmp_path):
+    command = [sys.executable, ROOT / "benchmarks/adafactor_memory.py", "--fit", "tiny", "--rows", "1", "--steps", "2"]
+    lines = run(command, cwd=tmp_path).stdout.splitlines()
+    results = [json.loads(line[line.index("{") :]) for line in lines if "peak GB" in line]
+    assert len(results) == 3 and all(result["step s"] > 0 for result in results)
