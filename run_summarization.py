@@ -200,14 +200,17 @@ class DataTrainingArguments:
             self.val_max_target_length = self.max_target_length
 
 
-def parse_arguments(argv: list[str]):
-    """
-    Turn the command line, or a .json file and flags after it, into the three argument dataclasses.
+ARGUMENT_CLASSES = (ModelArguments, DataTrainingArguments, Seq2SeqTrainingArguments)
 
-    Everything wrong with the arguments is collected and raised as one UsageError before the trainer's arguments are
-    built, because building them already reads the DeepSpeed file and starts the process group.
+
+def parse_arguments(argv: list[str], classes: tuple, find_problems):
     """
-    parser = HfArgumentParser((ModelArguments, DataTrainingArguments, Seq2SeqTrainingArguments))
+    Turn the command line, or a .json file and flags after it, into the argument dataclasses.
+
+    Everything find_problems(namespace) says is raised as one UsageError before the trainer's arguments are built,
+    because building them already reads the DeepSpeed file and starts the process group.
+    """
+    parser = HfArgumentParser(classes)
     argv = list(argv)
     replaced = [
         f"{a} is gone in transformers 5: {REPLACED_FLAGS[f]}" for a in argv if (f := a.split("=")[0]) in REPLACED_FLAGS
@@ -222,7 +225,7 @@ def parse_arguments(argv: list[str]):
         namespace.use_cpu = True
     if namespace.pure_bf16:
         namespace.bf16 = False  # there is nothing left to cast
-    problems = find_argument_problems(namespace)
+    problems = find_problems(namespace)
     if problems:
         raise UsageError("\n".join(problems))
     if on_cpu:
@@ -1134,7 +1137,9 @@ def write_reports(trainer, model_args, data_args, training_args) -> None:
 def main(argv: list[str] | None = None) -> dict:
     """Fine-tune, evaluate and predict as the arguments say; returns the metrics of all_results.json."""
     # Arguments first: ZeRO-3 partitions the model while it is loaded, and knows that from training_args being alive.
-    model_args, data_args, training_args = parse_arguments(sys.argv[1:] if argv is None else argv)
+    model_args, data_args, training_args = parse_arguments(
+        sys.argv[1:] if argv is None else argv, ARGUMENT_CLASSES, find_argument_problems
+    )
     set_up_logging(training_args)
     last_checkpoint = find_resume_checkpoint(training_args) if training_args.do_train else None
     set_seed(training_args.seed)
