@@ -829,9 +829,11 @@ class FilledSampler(torch.utils.data.Sampler):
 
 class TokenMeanTrainer(Seq2SeqTrainer):
     """
-    Seq2SeqTrainer whose losses are means over target tokens, in training (see make_loss) and in evaluation.
+    Seq2SeqTrainer whose losses are means over target tokens, in training (a compute_loss_func) and in evaluation.
 
     The stock evaluation averages batch means and, at several ranks, counts the rows that fill the last batch twice.
+    A subclass's prediction_step appends to self.row_sums what it gathered: float64 (rows, 2 or more) of summed loss,
+    number of tokens and what else it counts.
     """
 
     def _get_train_sampler(self, train_dataset=None):
@@ -858,6 +860,19 @@ class TokenMeanTrainer(Seq2SeqTrainer):
             self.optimizer.step_in_backward()
         return self.optimizer
 
+    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
+        """The stock loop, with every row gathered once and the loss taken over the tokens of the whole set."""
+        self.row_sums = []
+        self.gather_function = self.accelerator.gather_for_metrics
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        self.sums = torch.cat(self.row_sums).sum(dim=0).tolist()
+        output.metrics[f"{metric_key_prefix}_loss"] = self.sums[0] / self.sums[1]
+        return output
+
+
+class SummarizationTrainer(TokenMeanTrainer):
+    """TokenMeanTrainer that generates from the encoder's input in evaluation."""
+
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None, **gen_kwargs):
         """Returns (token-mean loss of the batch, generated ids or None, labels or None), all on this rank."""
         inputs = self._prepare_inputs(inputs)
@@ -866,24 +881,15 @@ class TokenMeanTrainer(Seq2SeqTrainer):
             logits = model(**inputs).logits
         # One row each, so that gather_for_metrics can take the rows away that only fill the last batch.
         sums = torch.stack([token_loss_sum(row, target) for row, target in zip(logits, labels, strict=True)])
-        counts = labels.ne(-100).sum(dim=1)
-        self._loss_rows.append(self.accelerator.gather_for_metrics((sums.double(), counts)))
+        sums = torch.stack([sums.double(), labels.ne(-100).sum(dim=1).double()], dim=1)
+        self.row_sums.append(self.accelerator.gather_for_metrics(sums))
         del logits
-        loss = sums.sum() / counts.sum().clamp(min=1)
+        loss = sums[:, 0].sum() / sums[:, 1].sum().clamp(min=1)
         if prediction_loss_only or not self.args.predict_with_generate:
             return loss, None, None
         prompt = {k: v for k, v in inputs.items() if k not in ("labels", "decoder_input_ids")}
         generated = self.model.generate(**prompt, synced_gpus=is_deepspeed_zero3_enabled(), **gen_kwargs)
         return loss, generated, labels
-
-    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
-        """The stock loop, with every row gathered once and the loss taken over the tokens of the whole set."""
-        self._loss_rows = []
-        self.gather_function = self.accelerator.gather_for_metrics
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        total = sum(sums.sum() for sums, _ in self._loss_rows) / sum(counts.sum() for _, counts in self._loss_rows)
-        output.metrics[f"{metric_key_prefix}_loss"] = total.item()
-        return output
 
 
 def token_loss_sum(logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
@@ -1084,6 +1090,7 @@ def draw_curves(history: list[dict], path: Path) -> None:
     panels = {
         "loss": ("loss", "eval_loss"),
         "ROUGE (validation)": ("eval_rouge1", "eval_rouge2", "eval_rougeL"),
+        "token accuracy (validation)": ("eval_token_accuracy",),
         "learning rate": ("learning_rate",),
         "gradient norm": ("grad_norm",),
     }
@@ -1118,13 +1125,13 @@ def score_split(trainer, rows, features, prefix: str) -> list[str] | None:
     return decode(output.predictions, trainer.processing_class)
 
 
-def write_reports(trainer, model_args, data_args, training_args) -> None:
+def write_reports(trainer, model_args, data_args, training_args, task: str) -> None:
     """Curves and model card; on the first rank only."""
     if not trainer.is_world_process_zero():
         return
     if trainer.state.log_history:
         draw_curves(trainer.state.log_history, Path(training_args.output_dir) / "training_curves.png")
-    card = {"finetuned_from": model_args.model_name_or_path, "tasks": "summarization"}
+    card = {"finetuned_from": model_args.model_name_or_path, "tasks": task}
     if data_args.dataset_name is not None:
         card |= {"dataset_tags": data_args.dataset_name, "dataset": data_args.dataset_name}
     if training_args.do_train:
@@ -1157,7 +1164,7 @@ def main(argv: list[str] | None = None) -> dict:
             splits[split] = prepare_split(raw, split, limit, tokenizer, data_args, training_args)
 
     # Trainer
-    trainer = TokenMeanTrainer(
+    trainer = SummarizationTrainer(
         model=model,
         args=training_args,
         train_dataset=FilledRows(splits["train"][1], tokenizer.eos_token_id) if "train" in splits else None,
@@ -1202,7 +1209,7 @@ def main(argv: list[str] | None = None) -> dict:
                     Path(training_args.output_dir) / "generated_predictions.jsonl", splits[split][0], predictions
                 )
     trainer.save_state()
-    write_reports(trainer, model_args, data_args, training_args)
+    write_reports(trainer, model_args, data_args, training_args, "summarization")
     results = Path(training_args.output_dir) / "all_results.json"
     return json.loads(results.read_text()) if trainer.is_world_process_zero() else {}
 
