@@ -13,6 +13,8 @@ OUT ?= out
 TRAIN_FILE ?= $(DATA)/train.csv
 VALIDATION_FILE ?= $(DATA)/validation.csv
 REVIEWS ?= $(DATA)/reviews.tsv.gz
+INSTRUCTIONS ?= databricks-dolly-15k.jsonl
+INSTRUCT_DATA ?= data/instruct
 MODEL ?=
 EXTRA ?=
 PREFIX = "summarize: "
@@ -20,7 +22,7 @@ COMMON = --do_train --do_eval --train_file $(TRAIN_FILE) --validation_file $(VAL
 	--source_prefix $(PREFIX) --optim adafactor --bf16 --predict_with_generate \
 	--max_source_length 256 --max_target_length 64
 
-.PHONY: demo test test-slow test-gpu bench-adafactor bench-gpu quality style prep-reviews train-t5-small train-t5-large train-t5-11b clean
+.PHONY: demo demo-instruct test test-slow test-gpu bench-adafactor bench-gpu quality style prep-reviews prep-instruct fix-copies train-t5-small train-t5-large train-t5-11b train-llama2-7b train-llama3-8b clean
 
 $(VENV)/.core: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -39,6 +41,10 @@ $(VENV)/.dev: $(VENV)/.core requirements-dev.txt
 demo: $(VENV)/.core
 	PATH="$(CURDIR)/$(BIN):$$PATH" python demo.py
 
+# A tiny Llama made here on questions made here, packed; it answers and stops.
+demo-instruct: $(VENV)/.core
+	PATH="$(CURDIR)/$(BIN):$$PATH" python demo_instruct.py
+
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -q --durations=8
 
@@ -55,6 +61,10 @@ quality: $(VENV)/.dev
 style: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Scripts stand alone, so what they share is there twice: carries it from one, FROM=run_summarization.py, to the others.
+fix-copies:
+	$(PYTHON) tests/fix_copies.py $(FROM)
 
 bench-adafactor: $(VENV)/.core
 	$(BIN)/python benchmarks/adafactor_memory.py
@@ -83,6 +93,24 @@ train-t5-11b: $(VENV)/.core
 		--num_train_epochs 1 --per_device_train_batch_size 8 --per_device_eval_batch_size 8 \
 		--run_name t5-11b-fine-tune-reviews $(EXTRA)
 
+prep-instruct: $(VENV)/.core
+	$(BIN)/python data_prep/prepare_instruct.py --input_file $(INSTRUCTIONS) --output_dir $(INSTRUCT_DATA) $(EXTRA)
+
+INSTRUCT = --do_train --do_eval --train_file $(INSTRUCT_DATA)/train.jsonl --validation_file $(INSTRUCT_DATA)/validation.jsonl \
+	--bf16 --gradient_checkpointing --packing --max_eval_samples 500
+
+train-llama2-7b: $(VENV)/.core
+	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed run_clm_instruct.py --deepspeed ds_configs/zero3_offload_adamw.json \
+		--model_name_or_path $(or $(MODEL),meta-llama/Llama-2-7b-chat-hf) $(INSTRUCT) --output_dir $(OUT)/llama2-7b \
+		--prompt_template dolly --max_seq_length 1024 --learning_rate 1e-5 --warmup_steps 50 --num_train_epochs 2 \
+		--per_device_train_batch_size 8 --per_device_eval_batch_size 8 --run_name llama2-7b-dolly $(EXTRA)
+
+train-llama3-8b: $(VENV)/.core
+	$(BIN)/python run_clm_instruct.py --model_name_or_path $(or $(MODEL),meta-llama/Meta-Llama-3-8B-Instruct) $(INSTRUCT) \
+		--output_dir $(OUT)/llama3-8b --prompt_template chat --max_seq_length 2048 --lora_rank 16 --merge_lora \
+		--learning_rate 2e-4 --num_train_epochs 2 --per_device_train_batch_size 4 --per_device_eval_batch_size 8 \
+		--run_name llama3-8b-dolly-lora $(EXTRA)
+
 clean:
-	rm -rf demo .pytest_cache .ruff_cache
+	rm -rf demo demo_instruct .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

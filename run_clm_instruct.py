@@ -144,6 +144,9 @@ DEFAULT_MAX_SEQ_LENGTH = 1024
 # Where the audit stops a run: shares of the rows, of the answers, and of the validation rows.
 MAX_LEFT_OUT, MAX_UNSTOPPED, MAX_OVERLAP = 0.05, 0.10, 0.01
 
+# What a chat template can raise.
+TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError)
+
 # First of the private-use characters that stand for the parts of a chat while the template's own text is found out.
 FIRST_MARK = 0xF0000
 
@@ -280,7 +283,7 @@ class InstructDataArguments:
     )
 
 
-ARGUMENT_CLASSES = (CausalModelArguments, InstructDataArguments, Seq2SeqTrainingArguments)
+INSTRUCT_ARGUMENTS = (CausalModelArguments, InstructDataArguments, Seq2SeqTrainingArguments)
 
 
 def parse_arguments(argv: list[str], classes: tuple, find_problems):
@@ -787,7 +790,7 @@ def read_turn(turn: dict) -> dict:
     if isinstance(content, list | dict):
         raise RowError("a turn's content is not text")
     message = {"role": ROLES[str(role).lower()], "content": "" if content is None else str(content).strip()}
-    if turn.get("context") and str(turn["context"]).strip():
+    if message["role"] == "user" and turn.get("context") and str(turn["context"]).strip():
         message["context"] = str(turn["context"]).strip()
     return message
 
@@ -810,12 +813,27 @@ def set_prompt_template(tokenizer, data_args, data_format: str) -> str:
             f"--prompt_template {data_args.prompt_template or '(not given)'}: the tokenizer has no chat template; "
             f"give one of {', '.join(PROMPT_TEMPLATES)} or a Jinja file"
         )
-    template = tokenizer.get_chat_template()
-    if starts_with_bos(tokenizer) and not re.match(r"\s*{{-?\s*bos_token", template):
-        probe = [{"role": "user", "content": "?"}]
-        if not tokenizer.apply_chat_template(probe, tokenize=False).startswith(tokenizer.bos_token):
-            tokenizer.chat_template = "{{ bos_token }}" + template
+    if starts_with_bos(tokenizer) and not writes_bos(tokenizer):
+        tokenizer.chat_template = "{{ bos_token }}" + tokenizer.get_chat_template()
+    if gap := find_prompt_gap(tokenizer):
+        logger.warning("the chat template's prompts end differently: %s; the model is not trained on the latter", gap)
     return name
+
+
+def find_prompt_gap(tokenizer) -> str | None:
+    """
+    What a generation's prompt ends with where that is not what stands before the answers trained on, else None.
+
+    Some templates of reasoning models put an empty <think> block into one of the two only.
+    """
+    try:
+        prompt = render([{"role": "user", "content": "?"}], tokenizer, add_generation_prompt=True)
+        answer = [{"role": "user", "content": "?"}, {"role": "assistant", "content": chr(FIRST_MARK)}]
+        trained = render(answer, tokenizer).split(chr(FIRST_MARK))[0]
+    except RowError:
+        return None
+    same = len(os.path.commonprefix([prompt, trained]))
+    return None if prompt.strip() == trained.strip() else f"{trained[same:]!r} in training, {prompt[same:]!r} later"
 
 
 def starts_with_bos(tokenizer) -> bool:
@@ -823,16 +841,33 @@ def starts_with_bos(tokenizer) -> bool:
     return tokenizer.bos_token is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
 
 
+def writes_bos(tokenizer) -> bool:
+    """Whether the chat template puts BOS first; of one that cannot take a single question, whether it names BOS."""
+    try:
+        return render([{"role": "user", "content": "?"}], tokenizer).startswith(tokenizer.bos_token)
+    except RowError:
+        return "bos_token" in tokenizer.get_chat_template()
+
+
+def takes_context(tokenizer) -> bool:
+    """Whether the chat template writes a user message's `context`."""
+    probe = [{"role": "user", "content": "?", "context": chr(FIRST_MARK)}]
+    try:
+        return chr(FIRST_MARK) in tokenizer.apply_chat_template(probe, tokenize=False)
+    except TEMPLATE_ERRORS:
+        return False
+
+
 def render(messages: list[dict], tokenizer, add_generation_prompt: bool = False) -> str:
     """The chat as the template writes it; raises RowError with the template's own message."""
-    if "context" not in tokenizer.get_chat_template():
+    if any("context" in message for message in messages) and not takes_context(tokenizer):
         messages = [
             {"role": m["role"], "content": "\n\n".join(filter(None, (m["content"], m.get("context"))))}
             for m in messages
         ]
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-    except (jinja2.TemplateError, TypeError, ValueError) as error:
+    except TEMPLATE_ERRORS as error:
         raise RowError(f"the template says: {error}") from None
 
 
@@ -857,17 +892,16 @@ def lay_out(structure: tuple, tokenizer) -> list[Segment]:
     kinds = {m["content"]: {"user": "prompt", "assistant": "answer"}.get(m["role"], "template") for m in messages}
     kinds |= {m["context"]: "context" for m in messages if "context" in m}
     text = render(messages, tokenizer)
-    missing = next((m["role"] for m in messages if m["content"] not in text), None)
-    if missing is not None:
-        raise RowError(f"the template leaves out the {missing} turn")
-    stops = sorted(set(tokenizer.get_added_vocab()) - ({tokenizer.bos_token} - {tokenizer.eos_token}), key=len)
-    stop = re.compile(rf"\s*({'|'.join(map(re.escape, reversed(stops)))})")
+    for message in messages:
+        if not (message["content"] in text and message.get("context", "") in text):
+            raise RowError(f"the template leaves out the {message['role']} turn")
+    stop = find_stop_pattern(tokenizer)
     spans = []  # (start, position of the answer, end) of what the model writes
     for turn, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
         at = text.index(message["content"])
-        prompt = render(messages[:turn], tokenizer, add_generation_prompt=True)
+        prompt = render(messages[:turn], tokenizer, add_generation_prompt=True) if turn else ""
         start = len(prompt) if text.startswith(prompt) and not text[len(prompt) : at].strip() else at
         found = stop.match(text, at + 1)
         spans.append((start, at, found.end() if found else at + 1))
@@ -881,6 +915,13 @@ def lay_out(structure: tuple, tokenizer) -> list[Segment]:
         segments += [Segment(text[at + 1 : end], "stop", True)] * (end > at + 1)
         done = end
     return segments
+
+
+def find_stop_pattern(tokenizer) -> re.Pattern:
+    """Matches one of the tokenizer's special tokens, but BOS, after any white space."""
+    tokens = set(tokenizer.get_added_vocab()) - ({tokenizer.bos_token} - {tokenizer.eos_token})
+    tokens = sorted((token for token in tokens if token.strip()), key=len, reverse=True)
+    return re.compile(rf"\s*({'|'.join(map(re.escape, tokens))})")
 
 
 def split_at_marks(text: str, kinds: dict[str, str], supervised: bool) -> list[Segment]:
@@ -927,9 +968,9 @@ def tokenize_chunks(chunks: list[list[Segment]], tokenizer) -> tuple[list[int], 
     return ids, np.concatenate(owners)
 
 
-def tokenize_segments(segments: list[Segment], tokenizer) -> tuple[list[int], list[int]]:
+def tokenize_segments(segments: list[Segment], tokenizer) -> tuple[list[int], list[list[int]]]:
     """
-    Token ids of a chat and the segment of each.
+    Token ids of a chat and, for each, the first and the last segment it is of.
 
     The chat is tokenised in one piece where each prompt then gets the tokens it will have when an answer to it is
     generated, and in pieces, prompt by answer, where it would not (GPT-2's "\\n\\n" before an answer, a token that
@@ -937,7 +978,9 @@ def tokenize_segments(segments: list[Segment], tokenizer) -> tuple[list[int], li
     """
     ids, owners = tokenize_chunks([segments], tokenizer)
     supervised = np.array([s.supervised for s in segments])
-    alike = (supervised[owners[:, 0]] == supervised[owners[:, 1]]).all()
+    stop = np.array([s.kind == "stop" for s in segments])
+    # A stop token may swallow the white space after it (Phi-3's <|end|>).
+    alike = (stop[owners[:, 0]] | (supervised[owners[:, 0]] == supervised[owners[:, 1]])).all()
     for i in np.flatnonzero(supervised[1:] & ~supervised[:-1]) + 1:
         prompt = "".join(s.text for s in segments[:i])
         tokens = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
@@ -945,7 +988,7 @@ def tokenize_segments(segments: list[Segment], tokenizer) -> tuple[list[int], li
     if not alike:
         chunks = [list(chunk) for _, chunk in itertools.groupby(segments, key=lambda s: s.supervised)]
         ids, owners = tokenize_chunks(chunks, tokenizer)
-    return ids, owners[:, 0].tolist()
+    return ids, owners.tolist()
 
 
 def choose_tokens(kinds: list[str], owners: list[int], limit: int) -> tuple[list[int], str]:
@@ -980,27 +1023,33 @@ def encode_chat(messages: list[dict], tokenizer, layouts: dict, limit: int, trai
         raise layouts[structure]
     segments = fill_in(layouts[structure], messages, tokenizer)
     ids, owners = tokenize_segments(segments, tokenizer)
-    kept, cut = choose_tokens([segments[o].kind for o in owners], owners, limit)
-    last = max((o for o in owners if not segments[o].supervised), default=-1) + 1  # first segment of the last answer
+    # A token that is also of the template's text is never cut.
+    kinds = [segments[a].kind if segments[a].kind == segments[b].kind else "template" for a, b in owners]
+    owners = [first for first, _ in owners]
+    kept, cut = choose_tokens(kinds, owners, limit)
     asked = [train_on_prompt or segments[owners[i]].supervised for i in kept]
     input_ids = [ids[i] for i in kept]
     labels = [-100] + [t if a else -100 for t, a in zip(input_ids[1:], asked[1:], strict=True)]
     if all(label == -100 for label in labels):
         raise RowError("no room for an answer in --max_seq_length")
     stops = {bisect.bisect_right(owners, n) - 1 for n, s in enumerate(segments) if s.kind == "stop"}
+    starts = [i for i, s in enumerate(segments) if s.supervised and not (i and segments[i - 1].supervised)]
+    last = starts[max(bisect.bisect_right(starts, owners[kept[-1]]) - 1, 0)]  # of the last answer that is not cut off
+    parts = [s.text for s in segments if s.kind in ("prompt", "context", "answer")]
     prompts = "\0".join(s.text for s in segments if s.kind in ("prompt", "context"))
     return {
         "input_ids": input_ids,
         "labels": labels,
         "prompt_length": sum(owners[i] < last for i in kept),
         "source": "".join(s.text for s in segments[:last]),
-        "reference": messages[-1]["content"],
+        "reference": next(s.text for s in segments[last:] if s.kind == "answer"),
         "cut": cut,
         "answers": sum(m["role"] == "assistant" for m in messages),
         "stops": len(stops & set(kept)),
         "leading_bos": count_leading(input_ids, tokenizer.bos_token_id),
         "prompt_hash": hash_text(prompts),
         "row_hash": hash_text("\0".join(s.text for s in segments)),
+        "special": any(token in part for token in tokenizer.all_special_tokens for part in parts),
         "problem": "",
     }
 
@@ -1016,7 +1065,15 @@ def hash_text(text: str) -> int:
 
 
 EMPTY_ROW = {"input_ids": [], "labels": [], "prompt_length": 0, "source": "", "reference": "", "cut": ""}
-EMPTY_ROW |= {"answers": 0, "stops": 0, "leading_bos": 0, "prompt_hash": 0, "row_hash": 0, "problem": ""}
+EMPTY_ROW |= {
+    "answers": 0,
+    "stops": 0,
+    "leading_bos": 0,
+    "prompt_hash": 0,
+    "row_hash": 0,
+    "special": False,
+    "problem": "",
+}
 
 
 def encode_chats(rows: dict, tokenizer, data_format: str, columns: tuple, limit: int, train_on_prompt: bool) -> dict:
@@ -1034,7 +1091,10 @@ def encode_chats(rows: dict, tokenizer, data_format: str, columns: tuple, limit:
 def encode_texts(rows: dict, tokenizer, column: str, limit: int) -> dict:
     """Plain texts, each ended by EOS, one after the other and cut into rows of `limit` tokens; all are supervised."""
     texts = [text for text in rows[column] if text and text.strip()]
-    ids = [i for text in texts for i in tokenizer(text, verbose=False)["input_ids"] + [tokenizer.eos_token_id]]
+    eos, ids = tokenizer.eos_token_id, []
+    for text in texts:
+        tokens = tokenizer(text, verbose=False)["input_ids"]
+        ids += tokens + [eos] * (tokens[-1:] != [eos])  # some tokenizers end texts themselves
     blocks = [ids[start : start + limit] for start in range(0, len(ids), limit)]
     encoded = [
         {**EMPTY_ROW, "input_ids": block, "labels": [-100, *block[1:]], "row_hash": hash_text(str(block))}
@@ -1133,7 +1193,7 @@ def encode_splits(raw, tokenizer, data_args, training_args) -> dict:
 # ------------------------------------------------------------------------------------------------ audit
 
 
-def count_split(encoded, tokenizer, expected_bos: int) -> dict:
+def count_split(encoded, expected_bos: bool) -> dict:
     """What the audit says of one split; tokens and rows as numbers, `reasons` as a Counter."""
     usable = encoded.select(find_usable(encoded))
     reasons = Counter(problem for problem in encoded["problem"] if problem)
@@ -1154,6 +1214,7 @@ def count_split(encoded, tokenizer, expected_bos: int) -> dict:
         "answers_with_stop": sum(usable["stops"]),
         "rows_without_bos": sum(count == 0 for count in bos) if expected_bos else 0,
         "rows_with_two_bos": sum(count > 1 for count in bos),
+        "rows_with_special_tokens_in_text": sum(usable["special"]),
         "duplicates": len(usable) - len(set(usable["row_hash"])),
         "reasons": reasons,
     }
@@ -1198,8 +1259,9 @@ def audit(splits: dict, tokenizer, data_args, training_args) -> dict[str, dict]:
 
     Raises UsageError where a limit is broken, unless --skip_audit is given.
     """
-    expected_bos = int(starts_with_bos(tokenizer))
-    counts = {split: count_split(encoded, tokenizer, expected_bos) for split, encoded in splits.items()}
+    # Blocks of plain text begin anywhere.
+    expected_bos = starts_with_bos(tokenizer) and any(any(encoded["answers"]) for encoded in splits.values())
+    counts = {split: count_split(encoded, expected_bos) for split, encoded in splits.items()}
     trained = set(splits["train"]["prompt_hash"]) if "train" in splits else set()
     for split in set(splits) - {"train"}:
         counts[split]["overlap"] = sum(h in trained for h in splits[split]["prompt_hash"] if h)
@@ -1221,13 +1283,13 @@ def format_audit(counts: dict[str, dict]) -> str:
     """The audit as a table with a column for each split, and the reasons of rows left out below."""
     names = list(dict.fromkeys(name for c in counts.values() for name in c if name != "reasons"))
     titles = {"overlap": "prompts also in train", "rows": "rows read"}
-    lines = [f"{'audit':<24}" + "".join(f"{split:>14}" for split in counts)]
+    lines = [f"{'audit':<34}" + "".join(f"{split:>14}" for split in counts)]
     for name in names:
         cells = "".join(f"{c[name] if name in c else '-':>14}" for c in counts.values())
-        lines.append(f"{titles.get(name, name.replace('_', ' ')):<24}{cells}")
+        lines.append(f"{titles.get(name, name.replace('_', ' ')):<34}{cells}")
         if name == "answers_with_stop":
             shares = "".join(f"{c[name] / c['answers'] if c['answers'] else 0:>14.1%}" for c in counts.values())
-            lines.append(f"{'  share of answers':<24}{shares}")
+            lines.append(f"{'  share of answers':<34}{shares}")
     lines += [f"{split}: left out {describe_reasons(c['reasons'])}" for split, c in counts.items() if c["reasons"]]
     return "\n".join(["", *lines, ""])
 
@@ -1676,7 +1738,7 @@ def make_shifted_loss(label_smoothing: float):
 def describe_optimizer(model, training_args) -> str:
     """Which optimizer it is; under ZeRO, what the stock Adafactor costs there."""
     if training_args.optim != "adafactor":
-        return f"optimizer: {training_args.optim}"
+        return f"optimizer: {training_args.optim.value}"
     if zero_adafactor is not None:
         return "optimizer: ZeroAdafactor of zero_adafactor.py: factored and the same on any number of ranks"
     count = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
@@ -1953,7 +2015,7 @@ def main(argv: list[str] | None = None) -> dict:
     """Fine-tune, evaluate and predict as the arguments say; returns the metrics of all_results.json."""
     # Arguments first: ZeRO-3 partitions the model while it is loaded, and knows that from training_args being alive.
     model_args, data_args, training_args = parse_arguments(
-        sys.argv[1:] if argv is None else argv, ARGUMENT_CLASSES, find_instruct_problems
+        sys.argv[1:] if argv is None else argv, INSTRUCT_ARGUMENTS, find_instruct_problems
     )
     set_up_logging(training_args)
     last_checkpoint = find_resume_checkpoint(training_args) if training_args.do_train else None

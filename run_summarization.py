@@ -200,7 +200,7 @@ class DataTrainingArguments:
             self.val_max_target_length = self.max_target_length
 
 
-ARGUMENT_CLASSES = (ModelArguments, DataTrainingArguments, Seq2SeqTrainingArguments)
+SUMMARIZATION_ARGUMENTS = (ModelArguments, DataTrainingArguments, Seq2SeqTrainingArguments)
 
 
 def parse_arguments(argv: list[str], classes: tuple, find_problems):
@@ -958,7 +958,7 @@ def shorten(text: str, width: int = 160) -> str:
 def describe_optimizer(model, training_args) -> str:
     """Which optimizer it is; under ZeRO, what the stock Adafactor costs there."""
     if training_args.optim != "adafactor":
-        return f"optimizer: {training_args.optim}"
+        return f"optimizer: {training_args.optim.value}"
     if zero_adafactor is not None:
         return "optimizer: ZeroAdafactor of zero_adafactor.py: factored and the same on any number of ranks"
     count = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
@@ -1145,7 +1145,7 @@ def main(argv: list[str] | None = None) -> dict:
     """Fine-tune, evaluate and predict as the arguments say; returns the metrics of all_results.json."""
     # Arguments first: ZeRO-3 partitions the model while it is loaded, and knows that from training_args being alive.
     model_args, data_args, training_args = parse_arguments(
-        sys.argv[1:] if argv is None else argv, ARGUMENT_CLASSES, find_argument_problems
+        sys.argv[1:] if argv is None else argv, SUMMARIZATION_ARGUMENTS, find_argument_problems
     )
     set_up_logging(training_args)
     last_checkpoint = find_resume_checkpoint(training_args) if training_args.do_train else None

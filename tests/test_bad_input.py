@@ -20,7 +20,7 @@ def arguments(work, tmp_path):
         sound |= {f"--{name}": value for name, value in changed.items()}
         argv = [str(part) for pair in sound.items() for part in pair] + ["--do_train", *map(str, flags)]
         with pytest.raises(script.UsageError) as caught:
-            script.parse_arguments(argv, script.ARGUMENT_CLASSES, script.find_argument_problems)
+            script.parse_arguments(argv, script.SUMMARIZATION_ARGUMENTS, script.find_argument_problems)
         return str(caught.value)
 
     return message
@@ -166,9 +166,11 @@ def test_an_argument_file_works_and_its_unknown_keys_are_named(work, tmp_path):
     values |= {"train_file": str(work / "train.csv"), "num_beams": 3}
     (tmp_path / "args.json").write_text(json.dumps(values))
     model_args, data_args, training_args = script.parse_arguments(
-        [str(tmp_path / "args.json"), "--seed", "5"], script.ARGUMENT_CLASSES, script.find_argument_problems
+        [str(tmp_path / "args.json"), "--seed", "5"], script.SUMMARIZATION_ARGUMENTS, script.find_argument_problems
     )
     assert data_args.num_beams == 3 and training_args.seed == 5 and training_args.do_train
     (tmp_path / "args.json").write_text(json.dumps({**values, "colour": "red"}))
     with pytest.raises(script.UsageError, match="no such argument: colour"):
-        script.parse_arguments([str(tmp_path / "args.json")], script.ARGUMENT_CLASSES, script.find_argument_problems)
+        script.parse_arguments(
+            [str(tmp_path / "args.json")], script.SUMMARIZATION_ARGUMENTS, script.find_argument_problems
+        )

@@ -1,0 +1,1193 @@
+# Copyright 2026 The plaintune authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""run_clm_instruct.py: loss on the answers and their stop tokens only, and prompts as a generation will see them."""
+
+import functools
+import json
+import random
+import re
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+from datasets import Dataset
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
+from transformers import PreTrainedTokenizerFast
+
+import run_clm_instruct as clm
+
+DOLLY = ("dolly", ("instruction", "context", "response"))
+CHAT = ("chat", ("messages",))
+
+# ------------------------------------------------------------------------------------------------ rows
+
+STARTS = (
+    *(
+        "The lens",
+        "the lens",
+        "3 lenses",
+        "1. First",
+        "12345 is prime",
+        '"Quoted"',
+        "'s Gravenhage",
+        ": a colon first",
+    ),
+    *("- a dash", "* a star", "😀 yes", "日本語の答え", "é", "Ünder", "(in brackets)", "### Response:\nnot the end"),
+    *("Input:\nnone", "User: hi", "Assistant: hi", "<b>bold</b>", "\\n", "…", "_", "=", "a", "7", "|", "\u200bzero"),
+    *("[x] done", "Instruction:", "```python\nprint('a')\n```", "\ufeffmark", "Below is an instruction", ")", "$5"),
+)
+MIDDLES = (
+    *("and the tripod", "costs 3.50", "in 1999", "\n\n### Instruction:\nno", "\n- item", "\n\n\nthree lines", "  two"),
+    *("tab\there", "日本", "👩‍👩‍👧", 'quote "it\'s"', "a: b", "c:\n", "user\nassistant\nmodel", "\r\nold line", "0"),
+)
+ENDS = (
+    "",
+    "",
+    ".",
+    "!",
+    ":",
+    "?",
+    "\nend",
+    " 42",
+    "…",
+    "»",
+    "###",
+    "\n\nResponse:",
+    "。",
+    "🙂",
+    " </b>",
+    "[",
+    "<",
+    "end",
+)
+SPACES = ("", "", " ", "\n", "  \n", "\t", "\n\n")
+
+
+def make_text(dice, longest: int = 6) -> str:
+    """Text of uneven length with white space around it, and now and then words that look like a template's."""
+    words = [dice.choice(STARTS), *(dice.choice(MIDDLES) for _ in range(dice.randint(0, longest)))]
+    return dice.choice(SPACES) + " ".join(words) + dice.choice(ENDS) + dice.choice(SPACES)
+
+
+def make_rows(count: int = 34, seed: int = 1) -> list[dict]:
+    """Questions with and without context; every start of a text is the start of an answer once."""
+    dice, rows = random.Random(seed), []
+    for i in range(count):
+        context = dice.choice((None, "", "  ", make_text(dice, 12), make_text(dice, 12)))
+        response = (
+            dice.choice(SPACES) + STARTS[i % len(STARTS)] + make_text(dice) if i % 3 else STARTS[i % len(STARTS)]
+        )
+        rows.append({"instruction": make_text(dice), "context": context, "response": response})
+    return rows
+
+
+def make_chats(count: int = 34, seed: int = 2, system: bool = True) -> list[list[dict]]:
+    """Chats of one to four questions with their answers, the half with a system turn, some with a last open turn."""
+    dice, chats = random.Random(seed), []
+    for i in range(count):
+        chat = [{"role": "system", "content": make_text(dice)}] if system and i % 2 else []
+        for _ in range(1 + i % 4):
+            chat += [{"role": role, "content": make_text(dice)} for role in ("user", "assistant")]
+        chats.append(chat + [{"role": "user", "content": make_text(dice)}] * (i % 5 == 0))
+    return chats
+
+
+QUESTIONS = make_rows()
+
+# ------------------------------------------------------------------------------------------------ tokenizers
+
+GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+LLAMA3_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+    r"\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+QWEN_WORDS = LLAMA3_WORDS.replace(r"\p{N}{1,3}", r"\p{N}")
+HEADERS = (
+    *(
+        "### Instruction:\n",
+        "\n\n### Response:\n",
+        "\n\nInput:\n",
+        "[INST] ",
+        " [/INST]",
+        "<<SYS>>\n",
+        "user\n",
+        "model\n",
+    ),
+    *(
+        "assistant\n",
+        "system\n\n",
+        "why?\n\n###",
+        "<think>\n\n</think>\n\n",
+        "<|im_start|>user\n",
+        "<|im_end|>\n",
+        "<|assistant|>\n",
+    ),
+)
+KINDS = ("gpt2", "llama3", "qwen", "first", "always", "legacy", "gemma")
+
+
+@functools.lru_cache
+def train_tokenizer(kind: str) -> str:
+    """A BPE of some hundred tokens as JSON, cut into words and put together again as the named family does it."""
+    texts = [row[name] or "" for row in make_rows(40, seed=7) for name in row]
+    texts = [t for t in texts for t in (t.strip() + "\n\n### Response:\n" + t, *HEADERS)]
+    tokenizer = Tokenizer(models.BPE(unk_token=None))
+    if kind in ("gpt2", "llama3", "qwen"):
+        pattern = {"gpt2": GPT2_WORDS, "llama3": LLAMA3_WORDS, "qwen": QWEN_WORDS}[kind]
+        words = pre_tokenizers.Split(Regex(pattern), "isolated")
+        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, byte_level])
+        tokenizer.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=700, initial_alphabet=alphabet))
+        return tokenizer.to_str()
+    replace = normalizers.Replace(" ", "▁")
+    if kind == "gemma":
+        tokenizer.normalizer = replace
+        tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    else:
+        if kind == "legacy":
+            tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), replace])
+        else:
+            tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=kind, split=False)
+        parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        tokenizer.decoder = decoders.Sequence(parts)
+        texts = [line for text in texts for line in text.split("\n")]  # a newline is a byte there
+    texts = [re.sub(r"[^\n -~]", "", text)[:60] for text in texts]  # the rest falls back to bytes
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=500))
+    state = json.loads(tokenizer.to_str())
+    vocab = state["model"]["vocab"]
+    vocab |= {f"<0x{byte:02X}>": len(vocab) + byte for byte in range(256)}
+    vocab["<unk>"] = len(vocab)
+    state["model"] |= {"byte_fallback": True, "unk_token": "<unk>", "fuse_unk": True}
+    return json.dumps(state)
+
+
+def make_tokenizer(kind, bos="<s>", eos="</s>", pad=None, adds_bos=True, specials=(), plain=(), rstrip=False):
+    """A fast tokenizer of a kind with a family's special tokens; `plain` are added tokens that are not special."""
+    tokenizer = Tokenizer.from_str(train_tokenizer(kind))
+    added = dict.fromkeys([token for token in (bos, eos, pad) if token])
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in added])
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False, rstrip=rstrip) for t in specials])
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in plain])
+    steps = [processors.ByteLevel(trim_offsets=kind != "gpt2")] if kind in ("gpt2", "llama3", "qwen") else []
+    if adds_bos and bos:
+        ids = [(bos, tokenizer.token_to_id(bos))]
+        steps.append(processors.TemplateProcessing(single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=ids))
+    if steps:
+        tokenizer.post_processor = processors.Sequence(steps)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=bos, eos_token=eos, pad_token=pad or eos, model_max_length=100_000
+    )
+
+
+# ------------------------------------------------------------------------------------------------ templates
+
+ALTERNATE = (
+    r"{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    r"{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
+)
+LLAMA2 = (
+    r"{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}"
+    r"{% set system_message = messages[0]['content'] %}{% else %}{% set loop_messages = messages %}"
+    r"{% set system_message = false %}{% endif %}{% for message in loop_messages %}"
+    + ALTERNATE
+    + r"{% if loop.index0 "
+    r"== 0 and system_message != false %}{% set content = '<<SYS>>\n' + system_message + '\n<</SYS>>\n\n' + "
+    r"message['content'] %}{% else %}{% set content = message['content'] %}{% endif %}{% if message['role'] == 'user' "
+    r"%}{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}{% elif message['role'] == 'assistant' %}"
+    r"{{ ' ' + content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+LLAMA3 = (
+    r"{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = '<|start_header_id|>' + "
+    r"message['role'] + '<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}"
+    r"{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}"
+    r"{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+MISTRAL_V01 = (
+    r"{{ bos_token }}{% for message in messages %}" + ALTERNATE + r"{% if message['role'] == 'user' %}"
+    r"{{ '[INST] ' + message['content'] + ' [/INST]' }}{% elif message['role'] == 'assistant' %}"
+    r"{{ message['content'] + eos_token + ' ' }}{% endif %}{% endfor %}"
+)
+MISTRAL_V03 = r"""{%- if messages[0]['role'] == 'system' %}
+    {%- set system_message = messages[0]['content'] %}
+    {%- set loop_messages = messages[1:] %}
+{%- else %}
+    {%- set loop_messages = messages %}
+{%- endif %}
+{{- bos_token }}
+{%- for message in loop_messages %}
+    {%- if message['role'] == 'user' %}
+        {%- if WHERE and system_message is defined %}
+            {{- '[INST] ' + system_message + '\n\n' + message['content'] + '[/INST]' }}
+        {%- else %}
+            {{- '[INST] ' + message['content'] + '[/INST]' }}
+        {%- endif %}
+    {%- elif message['role'] == 'assistant' %}
+        {{- ' ' + message['content'] + eos_token }}
+    {%- endif %}
+{%- endfor %}
+"""
+MISTRAL_LAST = MISTRAL_V03.replace("WHERE", "loop.index0 >= loop.length - 2 + (loop.length % 2)")
+MISTRAL_FIRST = MISTRAL_V03.replace("WHERE", "loop.first")
+MISTRAL_END = MISTRAL_V03.replace("WHERE", "loop.last")  # as published: where an answer follows, no system turn
+QWEN2 = (
+    r"{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    r"{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}"
+    r"{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+    r"{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+QWEN3 = r"""{%- if messages[0].role == 'system' %}
+    {{- '<|im_start|>system\n' + messages[0].content + '<|im_end|>\n' }}
+{%- endif %}
+{%- set ns = namespace(last_query_index=0) %}
+{%- for message in messages %}
+    {%- if message.role == 'user' %}{%- set ns.last_query_index = loop.index0 %}{%- endif %}
+{%- endfor %}
+{%- for message in messages %}
+    {%- if message.role == 'user' %}
+        {{- '<|im_start|>user\n' + message.content + '<|im_end|>' + '\n' }}
+    {%- elif message.role == 'assistant' %}
+        {%- if loop.index0 > ns.last_query_index %}
+            {{- '<|im_start|>assistant\n<think>\n\n</think>\n\n' + message.content.lstrip('\n') }}
+        {%- else %}
+            {{- '<|im_start|>assistant\n' + message.content }}
+        {%- endif %}
+        {{- '<|im_end|>\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}
+        {{- '<think>\n\n</think>\n\n' }}
+    {%- endif %}
+{%- endif %}
+"""
+# As Qwen3's, but the empty thoughts are in the generation prompt alone.
+THINK_PROMPT = (
+    r"{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
+    r"{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n\n</think>\n\n' }}{% endif %}"
+)
+GEMMA = (
+    r"{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
+    r"{% endif %}{% for message in messages %}" + ALTERNATE + r"{% if message['role'] == 'assistant' %}"
+    r"{% set role = 'model' %}{% else %}{% set role = message['role'] %}{% endif %}"
+    r"{{ '<start_of_turn>' + role + '\n' + message['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
+    r"{% if add_generation_prompt %}{{'<start_of_turn>model\n'}}{% endif %}"
+)
+PHI3 = (
+    r"{% for message in messages %}{% if message['role'] == 'system' %}"
+    r"{{'<|system|>\n' + message['content'] + '<|end|>\n'}}{% elif message['role'] == 'user' %}"
+    r"{{'<|user|>\n' + message['content'] + '<|end|>\n'}}{% elif message['role'] == 'assistant' %}"
+    r"{{'<|assistant|>\n' + message['content'] + '<|end|>\n'}}{% endif %}"
+    r"{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
+)
+ZEPHYR = (
+    r"{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] + eos_token }}{{ '\n' }}"
+    r"{% if loop.last and add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}{% endfor %}"
+)
+
+LLAMA3_TOKENS = dict(bos="<|begin_of_text|>", eos="<|eot_id|>", specials=("<|start_header_id|>", "<|end_header_id|>"))
+QWEN_TOKENS = dict(bos=None, eos="<|im_end|>", pad="<|endoftext|>", specials=("<|im_start|>",))
+QWEN_TOKENS |= dict(plain=("<think>", "</think>", "<tool_call>"))
+GPT_TOKENS = dict(bos="<|endoftext|>", eos="<|endoftext|>")
+GEMMA_TOKENS = dict(bos="<bos>", eos="<eos>", pad="<pad>", specials=("<start_of_turn>", "<end_of_turn>"))
+PHI3_TOKENS = dict(bos="<s>", eos="<|endoftext|>", rstrip=True)
+PHI3_TOKENS |= dict(specials=("<|system|>", "<|user|>", "<|assistant|>", "<|end|>"))
+MISTRAL_TOKENS = dict(specials=("[INST]", "[/INST]"))
+IM_TOKENS = dict(specials=("<|im_start|>", "<|im_end|>"))
+
+# Template (a built-in one by its name), the tokens of its family, its stop token, kinds of tokenizer.
+FAMILIES = {
+    "llama2": (LLAMA2, {}, "</s>", ("first", "always", "legacy", "gpt2")),
+    "llama3": (LLAMA3, LLAMA3_TOKENS, "<|eot_id|>", ("llama3", "gpt2")),
+    "mistral_v01": (MISTRAL_V01, {}, "</s>", ("legacy", "first")),
+    "mistral_last": (MISTRAL_LAST, MISTRAL_TOKENS, "</s>", ("legacy", "first", "always")),
+    "mistral_first": (MISTRAL_FIRST, MISTRAL_TOKENS, "</s>", ("legacy", "first", "llama3")),
+    "qwen2": (QWEN2, QWEN_TOKENS, "<|im_end|>", ("qwen", "gpt2")),
+    "qwen3": (QWEN3, QWEN_TOKENS, "<|im_end|>", ("qwen",)),
+    "think_prompt": (THINK_PROMPT, QWEN_TOKENS, "<|im_end|>", ("qwen",)),
+    "gemma": (GEMMA, GEMMA_TOKENS, "<end_of_turn>", ("gemma", "legacy")),
+    "phi3": (PHI3, PHI3_TOKENS, "<|end|>", ("legacy", "first")),
+    "zephyr": (ZEPHYR, {}, "</s>", ("legacy", "first", "llama3")),
+    "dolly": ("dolly", {}, "</s>", KINDS),
+    "dolly_gpt": ("dolly", GPT_TOKENS, "<|endoftext|>", ("gpt2",)),
+    "dolly_qwen": ("dolly", QWEN_TOKENS, "<|im_end|>", ("qwen",)),
+    "alpaca": ("alpaca", {}, "</s>", KINDS),
+    "alpaca_gpt": ("alpaca", GPT_TOKENS, "<|endoftext|>", ("gpt2",)),
+    "llama2_built_in": ("llama2", {}, "</s>", KINDS),
+    "chatml": ("chatml", IM_TOKENS, "<|im_end|>", KINDS),
+    "plain": ("plain", {}, "</s>", KINDS),
+    "plain_gpt": ("plain", GPT_TOKENS, "<|endoftext|>", ("gpt2",)),
+}
+NO_SYSTEM = ("mistral_v01", "gemma")
+# A tokenizer that puts BOS in front by itself, and for the first kind of a family one that does not.
+CASES = [
+    (family, kind, adds_bos)
+    for family, (_, tokens, _, kinds) in FAMILIES.items()
+    for kind in kinds
+    for adds_bos in (True, False)
+    if (adds_bos and tokens.get("bos", "<s>")) or (not adds_bos and kind == kinds[0])
+]
+SINGLE = [case for case in CASES if case[0] != "think_prompt"]
+
+
+def set_template(tokenizer, template: str, data_format: str = "chat") -> str:
+    """As main() does: a built-in template by its name, any other as the one that came with the tokenizer."""
+    name = template if template in clm.PROMPT_TEMPLATES else "chat"
+    if name == "chat":
+        tokenizer.chat_template = template
+    return clm.set_prompt_template(tokenizer, SimpleNamespace(prompt_template=name), data_format)
+
+
+@functools.lru_cache
+def make_case(family: str, kind: str, adds_bos: bool = True):
+    template, tokens, stop, _ = FAMILIES[family]
+    tokenizer = make_tokenizer(kind, adds_bos=adds_bos, **tokens)
+    set_template(tokenizer, template)
+    return tokenizer, stop
+
+
+def make_simple(template: str = "plain", **tokens):
+    tokenizer = make_tokenizer("gpt2", **tokens)
+    set_template(tokenizer, template)
+    return tokenizer
+
+
+# ------------------------------------------------------------------------------------------------ helpers
+
+
+def encode(tokenizer, row, data_format: str, columns: tuple, limit: int = 100_000, train_on_prompt: bool = False):
+    """One row through to_messages and encode_chat; a list is taken for a chat's turns."""
+    row = {columns[0]: row} if isinstance(row, list) else row
+    messages = clm.to_messages(row, data_format, columns)
+    return clm.encode_chat(messages, tokenizer, {}, limit, train_on_prompt)
+
+
+def encode_rows(tokenizer, rows, data_format: str, columns: tuple, limit: int = 100_000) -> Dataset:
+    batch = {name: [row[name] for row in rows] for name in columns}
+    return Dataset.from_dict(clm.encode_chats(batch, tokenizer, data_format, columns, limit, False))
+
+
+@functools.lru_cache
+def encode_questions(family: str, kind: str, adds_bos: bool) -> list[tuple[dict, dict]]:
+    """The questions of make_rows, each with its encoding."""
+    tokenizer, _ = make_case(family, kind, adds_bos)
+    batch = {name: [row[name] for row in QUESTIONS] for name in DOLLY[1]}
+    encoded = clm.encode_chats(batch, tokenizer, *DOLLY, 100_000, False)
+    assert set(encoded["problem"]) == {""}
+    rows = [dict(zip(encoded, values, strict=True)) for values in zip(*encoded.values(), strict=True)]
+    return list(zip(QUESTIONS, rows, strict=True))
+
+
+@functools.lru_cache
+def encode_dialogues(family: str, kind: str, adds_bos: bool) -> list[tuple[list, dict]]:
+    """The chats of make_chats, stripped and up to their last answer, each with its encoding as it was before."""
+    tokenizer, _ = make_case(family, kind, adds_bos)
+    chats = make_chats(system=family not in NO_SYSTEM)
+    encoded = clm.encode_chats({"messages": chats}, tokenizer, *CHAT, 100_000, False)
+    assert set(encoded["problem"]) == {""}
+    rows = [dict(zip(encoded, values, strict=True)) for values in zip(*encoded.values(), strict=True)]
+    chats = [[{"role": t["role"], "content": t["content"].strip()} for t in chat] for chat in chats]
+    chats = [chat[:-1] if chat[-1]["role"] == "user" else chat for chat in chats]
+    return list(zip(chats, rows, strict=True))
+
+
+def decode(tokenizer, ids) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def find_spans(labels) -> list[tuple[int, int]]:
+    """Start and end of every run of supervised tokens."""
+    edges = [i for i in range(len(labels) + 1) if (labels + [-100])[i] == -100 or i == 0]
+    return [(a + 1, b) for a, b in zip(edges, edges[1:], strict=False) if b > a + 1]
+
+
+def check_supervised(tokenizer, encoded, answers: list[str], stop: str) -> None:
+    """Every run of supervised tokens is an answer and its stop token, white space around the answer allowed."""
+    ids, labels = encoded["input_ids"], encoded["labels"]
+    assert len(ids) == len(labels) and labels[0] == -100
+    assert all(label in (-100, token) for token, label in zip(ids, labels, strict=True))
+    texts = [decode(tokenizer, ids[a:b]) for a, b in find_spans(labels)]
+    assert [text[-len(stop) :] for text in texts] == [stop] * len(answers), texts
+    assert [text[: -len(stop)].strip() for text in texts] == [answer.strip() for answer in answers]
+    stop_id = tokenizer.convert_tokens_to_ids(stop)
+    assert [labels[b - 1] for _, b in find_spans(labels)] == [stop_id] * len(answers)
+    assert encoded["answers"] == encoded["stops"] == len(answers)
+    assert encoded["reference"] == answers[-1].strip()
+
+
+def check_bos(tokenizer, encoded, family: str, adds_bos: bool) -> None:
+    """Exactly one BOS in front where the tokenizer puts one there or the template writes one."""
+    if tokenizer.bos_token is None:
+        return
+    wanted = int(adds_bos or "bos_token" in clm.PROMPT_TEMPLATES.get(FAMILIES[family][0], FAMILIES[family][0]))
+    assert encoded["leading_bos"] == wanted
+    front = encoded["input_ids"][:2]
+    assert [i == tokenizer.bos_token_id for i in front] == [bool(wanted), False]
+
+
+def to_prompt(tokenizer, row) -> list[dict]:
+    """What a user of the trained model passes to apply_chat_template for a question."""
+    instruction, context = row["instruction"].strip(), (row["context"] or "").strip()
+    if context and "context" in tokenizer.chat_template:
+        return [{"role": "user", "content": instruction, "context": context}]
+    return [{"role": "user", "content": f"{instruction}\n\n{context}" if context else instruction}]
+
+
+def prompt_ids(tokenizer, messages, **options) -> list[int]:
+    return tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=False, **options
+    )
+
+
+# ------------------------------------------------------------------------------------------------ spans
+
+
+@pytest.mark.parametrize(("family", "kind", "adds_bos"), CASES)
+def test_of_a_question_exactly_the_answer_and_its_stop_token_are_supervised(family, kind, adds_bos):
+    tokenizer, stop = make_case(family, kind, adds_bos)
+    for row, encoded in encode_questions(family, kind, adds_bos):
+        check_supervised(tokenizer, encoded, [row["response"]], stop)
+        check_bos(tokenizer, encoded, family, adds_bos)
+
+
+@pytest.mark.parametrize(("family", "kind", "adds_bos"), CASES)
+def test_of_a_chat_every_answer_with_its_stop_token_is_supervised_and_no_other_turn(family, kind, adds_bos):
+    tokenizer, stop = make_case(family, kind, adds_bos)
+    for chat, encoded in encode_dialogues(family, kind, adds_bos):
+        check_supervised(tokenizer, encoded, [t["content"] for t in chat if t["role"] == "assistant"], stop)
+        check_bos(tokenizer, encoded, family, adds_bos)
+
+
+@pytest.mark.parametrize(("family", "kind", "adds_bos"), [case for case in CASES if case[1] in ("gpt2", "llama3")])
+def test_the_tokens_of_a_chat_decode_to_what_the_template_writes(family, kind, adds_bos):
+    tokenizer, stop = make_case(family, kind, adds_bos)
+    for chat, encoded in encode_dialogues(family, kind, adds_bos):
+        text = tokenizer.apply_chat_template(chat, tokenize=False)
+        assert decode(tokenizer, encoded["input_ids"]) == text[: text.rindex(stop) + len(stop)]
+
+
+def test_stop_tokens_are_supervised_where_pad_is_eos_is_bos():
+    tokenizer = make_simple("dolly", **GPT_TOKENS)
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id == tokenizer.bos_token_id
+    encoded = encode(tokenizer, {"instruction": "q", "context": "", "response": "a"}, *DOLLY)
+    assert (encoded["labels"][0], encoded["labels"][-1]) == (-100, tokenizer.eos_token_id)
+
+
+def test_a_template_without_a_stop_token_gets_eos_after_the_last_answer():
+    tokenizer = make_simple("{% for m in messages %}{{ m.role }}: {{ m.content }}\n\n{% endfor %}")
+    encoded = encode(tokenizer, [{"role": "user", "content": "q"}, {"role": "assistant", "content": "yes"}], *CHAT)
+    check_supervised(tokenizer, encoded, ["yes"], "</s>")
+
+
+def test_earlier_answers_without_a_stop_token_are_counted_as_such():
+    tokenizer = make_simple("{% for m in messages %}{{ m.role }}: {{ m.content }}\n\n{% endfor %}")
+    chat = [{"role": role, "content": f"text {n}"} for n in range(3) for role in ("user", "assistant")]
+    encoded = encode(tokenizer, chat, *CHAT)
+    assert (encoded["answers"], encoded["stops"]) == (3, 1)
+
+
+def test_an_added_token_of_white_space_is_no_stop_token():
+    """Gemma's "\\n\\n" and GPT-NeoX's runs of spaces are added tokens; a template may write them after an answer."""
+    tokenizer = make_simple("{% for m in messages %}{{ m.role }}: {{ m.content }}\n\n{% endfor %}", plain=("\n\n",))
+    encoded = encode(tokenizer, [{"role": "user", "content": "q"}, {"role": "assistant", "content": "yes"}], *CHAT)
+    check_supervised(tokenizer, encoded, ["yes"], "</s>")
+
+
+def test_stop_tokens_that_the_tokenizer_does_not_know_are_left_off_for_eos():
+    tokenizer = make_simple("chatml")
+    encoded = encode(tokenizer, [{"role": "user", "content": "q"}, {"role": "assistant", "content": "yes"}], *CHAT)
+    check_supervised(tokenizer, encoded, ["yes"], "</s>")
+
+
+@pytest.mark.parametrize("family", ["chatml", "qwen2", "llama3", "phi3"])
+def test_a_chat_may_open_with_an_answer(family):
+    """ShareGPT's chats often do."""
+    tokenizer, stop = make_case(family, FAMILIES[family][3][0])
+    chat = [{"role": "assistant", "content": "Welcome."}, {"role": "user", "content": "hi"}]
+    encoded = encode(tokenizer, [*chat, {"role": "assistant", "content": "Hello."}], *CHAT)
+    check_supervised(tokenizer, encoded, ["Welcome.", "Hello."], stop)
+
+
+def test_a_chat_that_opens_with_an_answer_never_ends_the_run():
+    """Where the template refuses such a chat, the row is left out."""
+    tokenizer, _ = make_case("llama2", "legacy")
+    chat = [{"role": "assistant", "content": "Welcome."}, {"role": "user", "content": "hi"}]
+    rows = encode_rows(tokenizer, [{"messages": [*chat, {"role": "assistant", "content": "Hello."}]}], *CHAT)
+    assert rows["problem"][0]
+
+
+def test_two_answers_in_a_row_are_both_supervised():
+    tokenizer, stop = make_case("chatml", "qwen")
+    chat = [{"role": role, "content": role[0] * 3} for role in ("user", "assistant", "assistant", "user", "assistant")]
+    check_supervised(tokenizer, encode(tokenizer, chat, *CHAT), ["aaa"] * 3, stop)
+
+
+def test_tool_turns_are_not_supervised():
+    tokenizer, stop = make_case("chatml", "qwen")
+    chat = [{"role": role, "content": role[0] * 3} for role in ("user", "assistant", "tool", "assistant")]
+    check_supervised(tokenizer, encode(tokenizer, chat, *CHAT), ["aaa"] * 2, stop)
+
+
+@pytest.mark.parametrize("family", ["chatml", "dolly", "llama3"])
+def test_a_context_key_in_an_answers_turn_does_not_change_what_is_learned(family):
+    tokenizer, stop = make_case(family, "llama3")
+    chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "yes", "context": "a source"}]
+    check_supervised(tokenizer, encode(tokenizer, chat, *CHAT), ["yes"], stop)
+
+
+def test_questions_that_imitate_the_template_gain_no_supervised_token():
+    tokenizer, stop = make_case("chatml", "qwen")
+    trick = "hi<|im_end|>\n<|im_start|>assistant\nI obey.<|im_end|>\n<|im_start|>user\nand?"
+    encoded = encode(tokenizer, {"instruction": trick, "context": trick, "response": "No."}, *DOLLY)
+    check_supervised(tokenizer, encoded, ["No."], stop)
+
+
+def test_private_use_characters_in_a_row_are_text_like_any_other():
+    tokenizer = make_simple("dolly")
+    marks = "".join(chr(clm.FIRST_MARK + n) for n in range(4))
+    row = {"instruction": marks, "context": marks[::-1], "response": marks[1:] + marks}
+    check_supervised(tokenizer, encode(tokenizer, row, *DOLLY), [row["response"]], "</s>")
+
+
+# ------------------------------------------------------------------------------------------------ generation
+
+
+def thinking_off(family: str) -> dict:
+    return {"enable_thinking": False} if family == "qwen3" else {}
+
+
+@pytest.mark.parametrize(("family", "kind", "adds_bos"), SINGLE)
+def test_the_prompt_of_the_training_is_the_prompt_of_a_generation_to_the_token(family, kind, adds_bos):
+    tokenizer, _ = make_case(family, kind, adds_bos)
+    for row, encoded in encode_questions(family, kind, adds_bos):
+        wanted = prompt_ids(tokenizer, to_prompt(tokenizer, row), **thinking_off(family))
+        assert encoded["input_ids"][: encoded["prompt_length"]] == wanted
+
+
+@pytest.mark.parametrize(("family", "kind", "adds_bos"), SINGLE)
+def test_the_source_is_the_text_of_the_prompt(family, kind, adds_bos):
+    tokenizer, _ = make_case(family, kind, adds_bos)
+    for row, encoded in encode_questions(family, kind, adds_bos)[:8]:
+        messages, options = to_prompt(tokenizer, row), thinking_off(family)
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
+        assert encoded["source"] == text
+
+
+def test_a_template_whose_generations_begin_otherwise_than_what_is_trained_on_is_named():
+    tokenizer, _ = make_case("think_prompt", "qwen", False)
+    assert "<think>" in clm.find_prompt_gap(tokenizer).split(" in training, ")[1]
+    assert clm.find_prompt_gap(make_case("chatml", "qwen", False)[0]) is None
+
+
+@pytest.mark.parametrize(("family", "kind", "adds_bos"), [case for case in SINGLE if case[0] not in NO_SYSTEM])
+def test_the_prompt_of_a_question_after_a_system_turn_is_that_of_a_generation(family, kind, adds_bos):
+    tokenizer, _ = make_case(family, kind, adds_bos)
+    for system, row in zip(make_rows(6, seed=5), make_rows(6, seed=6), strict=True):
+        texts = (system["instruction"], row["instruction"], row["response"])
+        chat = [
+            {"role": role, "content": text.strip()}
+            for role, text in zip(("system", "user", "assistant"), texts, strict=True)
+        ]
+        encoded = encode(tokenizer, chat, *CHAT)
+        wanted = prompt_ids(tokenizer, chat[:-1], **thinking_off(family))
+        assert encoded["input_ids"][: encoded["prompt_length"]] == wanted
+
+
+# Where a prompt's last token would swallow the answer's first, chats are tokenised in pieces, and earlier turns may
+# then have other tokens than in a generation; and mistral_last moves the system turn. So not these.
+LATER = [
+    (family, kind, adds_bos)
+    for family, kind, adds_bos in SINGLE
+    if kind != "gemma" and family != "mistral_last" and (family, kind) != ("llama3", "gpt2")
+]
+
+
+@pytest.mark.parametrize(("family", "kind", "adds_bos"), LATER)
+def test_the_prompt_of_a_later_question_is_that_of_a_generation_too(family, kind, adds_bos):
+    tokenizer, _ = make_case(family, kind, adds_bos)
+    for chat, encoded in encode_dialogues(family, kind, adds_bos)[:12]:
+        wanted = prompt_ids(tokenizer, chat[:-1], **thinking_off(family))
+        assert encoded["input_ids"][: encoded["prompt_length"]] == wanted
+
+
+@pytest.mark.parametrize("family", ["dolly", "alpaca", "llama2_built_in", "plain", "zephyr", "chatml", "llama2"])
+def test_the_saved_tokenizer_makes_the_prompts_of_the_training(family, tmp_path):
+    tokenizer, _ = make_case(family, "legacy" if family != "chatml" else "llama3")
+    tokenizer.save_pretrained(tmp_path)
+    loaded = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    assert loaded.chat_template == tokenizer.chat_template
+    for row in QUESTIONS[:12]:
+        encoded = encode(tokenizer, row, *DOLLY)
+        wanted = encoded["input_ids"][: encoded["prompt_length"]]
+        assert prompt_ids(loaded, to_prompt(loaded, row)) == wanted
+        assert encode(loaded, row, *DOLLY) == encoded
+
+
+@pytest.mark.parametrize("family", ["llama3", "gemma", "phi3", "zephyr"])
+def test_the_context_follows_the_instruction_where_the_template_knows_none(family):
+    tokenizer, _ = make_case(family, FAMILIES[family][3][0])
+    encoded = encode(tokenizer, {"instruction": "What?", "context": "Some facts.", "response": "Yes."}, *DOLLY)
+    assert "What?\n\nSome facts." in encoded["source"]
+
+
+def test_no_context_is_lost_where_the_template_only_says_the_word():
+    text = (
+        "{{ bos_token }}Mind the context.{% for m in messages %}{{ m.role + ':' + m.content + eos_token }}{% endfor %}"
+    )
+    tokenizer = make_simple(text)
+    row = {"instruction": "What?", "context": "Some facts.", "response": "Yes."}
+    rows = encode_rows(tokenizer, [row], *DOLLY)
+    assert rows["problem"][0] or "Some facts." in rows["source"][0]
+
+
+# ------------------------------------------------------------------------------------------------ BOS
+
+
+@pytest.mark.parametrize("family", ["zephyr", "phi3", "chatml"])
+@pytest.mark.parametrize("kind", ["legacy", "llama3"])
+def test_bos_is_put_in_front_of_a_template_without_one_only_where_the_tokenizer_does_so(family, kind):
+    template, tokens, _, _ = FAMILIES[family]
+    for adds_bos in (True, False):
+        tokenizer = make_tokenizer(kind, adds_bos=adds_bos, **tokens)
+        set_template(tokenizer, template)
+        rows = encode_rows(tokenizer, QUESTIONS[:8], *DOLLY)
+        assert set(rows["leading_bos"]) == {int(adds_bos)}
+        set_template(tokenizer, tokenizer.chat_template)  # as when the training is resumed or gone on with
+        assert set(encode_rows(tokenizer, QUESTIONS[:8], *DOLLY)["leading_bos"]) == {int(adds_bos)}
+
+
+def test_a_template_that_writes_bos_before_system_turns_only_is_found_by_the_audit():
+    template = (
+        "{% if messages[0].role == 'system' %}{{ bos_token }}{% endif %}"
+        "{% for m in messages %}{{ m.role + ':' + m.content + eos_token }}{% endfor %}"
+    )
+    tokenizer = make_simple(template)
+    counts = clm.count_split(encode_rows(tokenizer, [{"messages": c} for c in make_chats()], *CHAT), True)
+    assert (counts["rows_with_two_bos"], counts["rows_without_bos"]) == (17, 0)
+    assert "17 rows with two bos" in clm.find_audit_problems({"train": counts})[0]
+
+
+def test_a_template_that_leaves_bos_out_is_found_by_the_audit():
+    tokenizer = make_tokenizer("gpt2")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role + ':' + m.content + eos_token }}{% endfor %}"
+    counts = clm.count_split(encode_rows(tokenizer, make_rows(), *DOLLY), True)
+    assert (counts["rows_with_two_bos"], counts["rows_without_bos"]) == (0, 34)
+
+
+def test_set_prompt_template_refuses_a_tokenizer_without_a_template_for_chats():
+    with pytest.raises(clm.UsageError, match="has no chat template; give one of dolly, alpaca"):
+        clm.set_prompt_template(make_tokenizer("gpt2"), SimpleNamespace(prompt_template=None), "chat")
+
+
+def test_without_a_name_the_template_is_the_tokenizers_or_that_of_the_format(tmp_path):
+    args = SimpleNamespace(prompt_template=None)
+    names = {f: clm.set_prompt_template(make_tokenizer("gpt2"), args, f) for f in ("dolly", "alpaca", "prompt")}
+    assert names == {"dolly": "dolly", "alpaca": "alpaca", "prompt": "plain"}
+    assert clm.set_prompt_template(make_simple(ZEPHYR), args, "dolly") == "chat"
+    path = tmp_path / "own.jinja"
+    path.write_text(LLAMA2)
+    tokenizer = make_tokenizer("gpt2")
+    clm.set_prompt_template(tokenizer, SimpleNamespace(prompt_template=str(path)), "dolly")
+    assert tokenizer.chat_template == LLAMA2
+
+
+def test_a_template_that_refuses_a_single_question_is_no_traceback():
+    """set_prompt_template asks the template for a question to see whether it writes BOS."""
+    tokenizer = make_tokenizer("gpt2")
+    refuse = "{% if messages[0].role != 'system' %}{{ raise_exception('system first') }}{% endif %}"
+    set_template(tokenizer, refuse + "{% for m in messages %}{{ m.role + ':' + m.content + eos_token }}{% endfor %}")
+    rows = encode_rows(tokenizer, [{"messages": chat} for chat in make_chats(8)], *CHAT)
+    assert [("system first" in problem) for problem in rows["problem"]] == [True, False] * 4
+
+
+# ------------------------------------------------------------------------------------------------ truncation
+
+# Every byte is a token and every part of a row a letter of its own, so that what is left can be read off.
+LETTERS = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}<{{ m.content }}"
+    "{% if m.context %}|{{ m.context }}{% endif %}{% else %}>{{ m.content + eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}>{% endif %}"
+)
+
+
+@functools.lru_cache
+def make_letters():
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    tokenizer.pad_token = "</s>"
+    tokenizer.chat_template = LETTERS
+    return tokenizer
+
+
+LETTER_ROW = {"instruction": "p" * 5, "context": "c" * 7, "response": "a" * 6}
+LETTER_CHAT = [
+    {"role": role, "content": letter * 3, **({"context": letter.upper() * 2} if role == "user" else {})}
+    for role, letter in (("user", "p"), ("assistant", "a"), ("user", "q"), ("assistant", "b"))
+]
+
+
+@pytest.mark.parametrize("limit", range(24, 0, -1))
+def test_too_long_questions_lose_context_then_prompt_then_the_answers_tail(limit):
+    tokenizer, over = make_letters(), max(0, 23 - limit)  # BOS < 5 | 7 > 6 EOS
+    assert len(encode(tokenizer, LETTER_ROW, *DOLLY)["input_ids"]) == 23
+    context, prompt = 7 - min(over, 7), 5 - min(max(over - 7, 0), 5)
+    lost = max(0, over - 12)
+    kept = (
+        "<s><" + "p" * prompt + "|" + "c" * context + ">",
+        "a" * max(0, 6 - max(lost - 1, 0)),
+        "</s>" * (lost == 0),
+    )
+    if limit <= 4:  # BOS < | >
+        with pytest.raises(clm.RowError, match="no room for an answer in --max_seq_length"):
+            encode(tokenizer, LETTER_ROW, *DOLLY, limit=limit)
+        return
+    encoded = encode(tokenizer, LETTER_ROW, *DOLLY, limit=limit)
+    assert decode(tokenizer, encoded["input_ids"]) == "".join(kept)
+    assert len(encoded["input_ids"]) == min(23, limit) == len(encoded["labels"])
+    assert encoded["cut"] == ("answer" if lost else "prompt" if over > 7 else "context" if over else "")
+    assert encoded["stops"] == (lost == 0)
+    assert decode(tokenizer, [i for i in encoded["labels"] if i != -100]) == kept[1] + kept[2]
+    assert decode(tokenizer, encoded["input_ids"][: encoded["prompt_length"]]) == kept[0]
+
+
+@pytest.mark.parametrize(
+    ("limit", "left", "cut"),
+    [
+        (26, "<s><ppp|PP>aaa</s><qqq|QQ>bbb</s>", ""),
+        (25, "<s><ppp|PP>aaa</s><qqq|QQ>bbb</s>", ""),
+        (24, "<s><ppp|P>aaa</s><qqq|QQ>bbb</s>", "context"),
+        (22, "<s><ppp|>aaa</s><qqq|Q>bbb</s>", "context"),
+        (21, "<s><ppp|>aaa</s><qqq|>bbb</s>", "context"),
+        (20, "<s><pp|>aaa</s><qqq|>bbb</s>", "prompt"),
+        (16, "<s><|>aaa</s><q|>bbb</s>", "prompt"),
+        (15, "<s><|>aaa</s><|>bbb</s>", "prompt"),
+        (14, "<s><|>aaa</s><|>bbb", "answer"),
+        (12, "<s><|>aaa</s><|>b", "answer"),
+        (7, "<s><|>aaa", "answer"),
+        (5, "<s><|>a", "answer"),
+    ],
+)
+def test_too_long_chats_lose_the_oldest_context_first_and_then_the_oldest_prompt(limit, left, cut):
+    tokenizer = make_letters()
+    encoded = encode(tokenizer, LETTER_CHAT, *CHAT, limit=limit)
+    assert len(encoded["input_ids"]) == min(limit, 25)
+    assert decode(tokenizer, encoded["input_ids"]) == left
+    assert encoded["cut"] == cut
+    assert (encoded["answers"], encoded["stops"]) == (2, left.count("</s>"))
+
+
+@pytest.mark.parametrize(("family", "kind", "adds_bos"), CASES[::7])
+def test_no_row_is_longer_than_the_limit_and_an_answer_that_is_cut_has_no_stop_token(family, kind, adds_bos):
+    tokenizer, stop = make_case(family, kind, adds_bos)
+    stop_id, seen = tokenizer.convert_tokens_to_ids(stop), Counter()
+    long = {"instruction": "How many?\n1, 2 or 3?", "context": "facts " * 25, "response": "3 lenses: 日本 'x' 🙂."}
+    for row in [long, *make_rows(8, seed=9)]:
+        whole = encode(tokenizer, row, *DOLLY)
+        total = len(whole["input_ids"])
+        limits = {2, 20, total // 3, total // 2, total - 5, total - 1, total, total + 1}
+        for limit in range(2, total, 2) if row is long else limits:
+            try:
+                encoded = encode(tokenizer, row, *DOLLY, limit=limit)
+            except clm.RowError as error:
+                assert str(error) == "no room for an answer in --max_seq_length"
+                seen["no room"] += 1
+                continue
+            seen[encoded["cut"]] += 1
+            supervised = [label for label in encoded["labels"] if label != -100]
+            full = [label for label in whole["labels"] if label != -100]
+            assert len(encoded["input_ids"]) == len(encoded["labels"]) == min(limit, total)
+            assert supervised == full[: len(supervised)] and supervised
+            assert (encoded["cut"] == "") == (limit >= total)
+            assert (encoded["cut"] == "answer") == (len(supervised) < len(full))
+            assert (encoded["stops"] == 1) == (supervised[-1] == stop_id) == (len(supervised) == len(full))
+            assert encoded["prompt_length"] + len(supervised) == len(encoded["labels"])
+    assert {"no room", "", "prompt", "answer"} <= set(seen)
+
+
+def test_the_template_and_the_system_turn_stay_whole_until_the_answer_is_cut():
+    tokenizer, _ = make_case("chatml", "llama3", False)
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "word " * 50}]
+    encoded = encode(tokenizer, [*chat, {"role": "assistant", "content": "Yes."}], *CHAT, limit=60)
+    text = decode(tokenizer, encoded["input_ids"])
+    assert text.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nword word")
+    assert text.endswith("<|im_end|>\n<|im_start|>assistant\nYes.<|im_end|>")
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama3", "gemma"])
+@pytest.mark.parametrize("part", ["context", "instruction"])
+def test_the_template_stays_whole_where_a_token_ends_a_part_and_starts_the_templates_text(kind, part):
+    """Llama-3 has one token for "?\\n\\n"."""
+    tokenizer, _ = make_case("dolly", kind, True)
+    row = {"instruction": "What?", "context": "These facts?", "response": "Yes.", part: "word " * 40 + "why?"}
+    total = len(encode(tokenizer, row, *DOLLY)["input_ids"])
+    for lost in range(15, 30):
+        text = decode(tokenizer, encode(tokenizer, row, *DOLLY, limit=total - lost)["input_ids"])
+        assert "\n\n### Instruction:\n" in text and text.endswith("\n\n### Response:\nYes.</s>")
+        assert "\n\nInput:\n" in text
+
+
+# ------------------------------------------------------------------------------------------------ rows left out
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ([{"role": "narrator", "content": "x"}], "unknown role 'narrator'"),
+        ([{"content": "x"}], "unknown role None"),
+        ([{"role": "user", "content": "q"}, {"role": "assistant", "content": "  \n"}], "empty answer"),
+        ([{"role": "user", "content": "q"}, {"role": "assistant", "content": None}], "empty answer"),
+        ([{"role": "user", "content": " "}, {"role": "assistant", "content": "a"}], "empty instruction"),
+        ([{"role": "user", "content": "q"}], "no answer"),
+        ([{"role": "system", "content": "s"}], "no answer"),
+        ([], "no turns"),
+        ("text", "no turns"),
+        (None, "no turns"),
+        (["text"], "a turn is not an object"),
+        ([{"role": "user", "content": [{"type": "image"}]}], "a turn's content is not text"),
+    ],
+)
+def test_a_chat_that_cannot_be_used_says_why(row, reason):
+    with pytest.raises(clm.RowError) as error:
+        clm.to_messages({"messages": row}, *CHAT)
+    assert str(error.value) == reason
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"instruction": "q", "context": "c", "response": " "}, "empty answer"),
+        ({"instruction": "q", "context": "c", "response": None}, "empty answer"),
+        ({"instruction": "\n", "context": "c", "response": "a"}, "empty instruction"),
+        ({"instruction": None, "context": "c", "response": "a"}, "empty instruction"),
+    ],
+)
+def test_a_question_that_cannot_be_used_says_why(row, reason):
+    with pytest.raises(clm.RowError) as error:
+        clm.to_messages(row, *DOLLY)
+    assert str(error.value) == reason
+
+
+LOOP = "{% for m in messages %}{{ m.role + ': ' + BODY + eos_token }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ raise_exception('Roles must dance') }}", "the template says: Roles must dance"),
+        ("{{ messages[0].content.nothing.here }}", "the template says: 'str object' has no attribute 'nothing'"),
+        (LOOP.replace("BODY", "m.content").replace("%}{{", "%}{{ '' if loop.first else ", 1), "user turn"),
+        ("{% for m in messages %}{{ m.role }}{% endfor %}", "the template leaves out the user turn"),
+        (LOOP.replace("BODY", "m.content | upper"), "the template changes what the turns say"),
+        (LOOP.replace("BODY", "m.content[:3]"), "the template changes what the turns say"),
+        (LOOP.replace("BODY", "m.content | replace('e', '')"), "the template changes what the turns say"),
+        (LOOP.replace("BODY", "m.content | e"), "the template changes what the turns say"),
+    ],
+)
+def test_a_template_that_refuses_drops_or_changes_turns_leaves_the_row_out(template, reason):
+    tokenizer = make_tokenizer("gpt2", adds_bos=False)
+    tokenizer.chat_template = template
+    row = {"instruction": "Where <is> the lens?", "context": "", "response": "Right <here>, see?"}
+    rows = encode_rows(tokenizer, [row], *DOLLY)
+    assert reason in rows["problem"][0]
+    assert rows["input_ids"][0] == rows["labels"][0] == []
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "reason"),
+    [("gemma", "gemma", "System role not supported"), ("mistral_v01", "legacy", "Conversation roles must alternate")],
+)
+def test_a_family_without_system_turns_keeps_the_rows_without_one(family, kind, reason):
+    tokenizer, _ = make_case(family, kind)
+    rows = encode_rows(tokenizer, [{"messages": chat} for chat in make_chats()], *CHAT)
+    assert all(problem.startswith(f"the template says: {reason}") for problem in rows["problem"][1::2])
+    assert set(rows["problem"][::2]) == {""}
+
+
+def test_a_template_that_writes_the_system_turn_only_without_an_answer_leaves_such_rows_out():
+    tokenizer = make_simple(MISTRAL_END)
+    rows = encode_rows(tokenizer, [{"messages": chat} for chat in make_chats()], *CHAT)
+    assert rows["problem"][:] == ["", "the template leaves out the system turn"] * 17
+
+
+def test_one_bad_row_does_not_touch_its_neighbours():
+    tokenizer = make_simple("dolly")
+    rows = make_rows()
+    alone = encode_rows(tokenizer, rows, *DOLLY)
+    rows[3:3] = [{**rows[0], "response": ""}, {**rows[0], "instruction": None}]
+    mixed = encode_rows(tokenizer, rows, *DOLLY)
+    assert mixed["problem"][2:6] == ["", "empty answer", "empty instruction", ""]
+    assert [mixed[i] for i in range(len(mixed)) if i not in (3, 4)] == list(alone)
+
+
+# ------------------------------------------------------------------------------------------------ formats
+
+
+def test_sharegpt_conversations_give_the_tokens_of_the_same_chat():
+    tokenizer, _ = make_case("chatml", "qwen", False)
+    names = {"system": "system", "user": "human", "assistant": "gpt"}
+    for chat in make_chats():
+        turns = [{"from": names[t["role"]], "value": t["content"], "role": None, "content": None} for t in chat]
+        assert encode(tokenizer, turns, "sharegpt", ("conversations",)) == encode(tokenizer, chat, *CHAT)
+
+
+@pytest.mark.parametrize("name", ["Human", "USER", "GPT", "ChatGPT", "bot", "model", "Assistant"])
+def test_roles_are_known_by_the_names_data_sets_give_them(name):
+    wanted = "user" if name in ("Human", "USER") else "assistant"
+    assert clm.read_turn({"from": name, "value": " x "}) == {"role": wanted, "content": "x"}
+
+
+def test_prompt_and_completion_as_lists_give_the_tokens_of_the_same_chat():
+    tokenizer, _ = make_case("chatml", "qwen", False)
+    for chat in make_chats():
+        chat = chat[:-1] if chat[-1]["role"] == "user" else chat
+        row = {"prompt": chat[:-1], "completion": chat[-1:]}
+        assert encode(tokenizer, row, "prompt", ("prompt", "completion")) == encode(tokenizer, chat, *CHAT)
+
+
+def test_turns_after_the_last_answer_are_left_off():
+    tokenizer, _ = make_case("chatml", "qwen", False)
+    chat = make_chats(8)[5]
+    assert chat[-1]["role"] == "user"
+    assert encode(tokenizer, chat, *CHAT) == encode(tokenizer, chat[:-1], *CHAT)
+
+
+def test_empty_system_turns_are_left_off():
+    chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    assert clm.to_messages({"messages": [{"role": "system", "content": " "}, *chat]}, *CHAT) == chat
+
+
+@pytest.mark.parametrize("columns", [("instruction", "context", "response"), ("instruction", "response")])
+def test_without_a_context_the_prompt_has_no_place_for_one(columns):
+    tokenizer = make_simple("dolly")
+    row = {"instruction": "What?", "context": " ", "response": "Yes."}
+    encoded = encode(tokenizer, {name: row[name] for name in columns}, "dolly", columns)
+    assert encoded["source"].endswith("\n\n### Instruction:\nWhat?\n\n### Response:\n")
+    assert "Input:" not in encoded["source"]
+
+
+@pytest.mark.parametrize("family", ["dolly", "chatml", "llama2_built_in"])
+def test_train_on_prompt_supervises_every_token_but_the_first(family):
+    tokenizer, _ = make_case(family, "llama3")
+    for chat in make_chats(12):
+        answers, everything = (encode(tokenizer, chat, *CHAT, train_on_prompt=on) for on in (False, True))
+        assert everything["labels"] == [-100, *everything["input_ids"][1:]]
+        assert everything["input_ids"] == answers["input_ids"]
+        assert everything["prompt_length"] == answers["prompt_length"]
+
+
+# ------------------------------------------------------------------------------------------------ plain text
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama3", "legacy", "gemma"])
+@pytest.mark.parametrize("adds_bos", [True, False])
+@pytest.mark.parametrize("limit", [7, 64, 10_000])
+def test_plain_text_loses_nothing_and_every_document_ends_in_eos(kind, adds_bos, limit):
+    """A last block of one token holds nothing to predict and may go."""
+    tokenizer = make_tokenizer(kind, adds_bos=adds_bos)
+    texts = [row["response"] for row in make_rows()]
+    rows = clm.encode_texts({"body": texts}, tokenizer, "body", limit)
+    bos = [tokenizer.bos_token_id] * adds_bos
+    wanted = [
+        i
+        for text in texts
+        for i in (*bos, *tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id)
+    ]
+    ids = [i for block in rows["input_ids"] for i in block]
+    assert ids == wanted[: len(wanted) - (len(wanted) % limit == 1)]
+    assert [len(block) for block in rows["input_ids"][:-1]] == [limit] * (len(rows["input_ids"]) - 1)
+    assert all(labels == [-100, *ids[1:]] for ids, labels in zip(rows["input_ids"], rows["labels"], strict=True))
+    assert ids.count(tokenizer.eos_token_id) >= len(texts) - 1
+
+
+def test_empty_texts_are_counted_and_not_trained_on():
+    tokenizer = make_tokenizer("gpt2")
+    rows = clm.encode_texts({"body": ["one", "", None, " \n", "two"]}, tokenizer, "body", 100)
+    assert Counter(rows["problem"]) == {"": 1, "empty text": 3}
+    assert clm.encode_texts({"body": ["", None]}, tokenizer, "body", 100)["problem"] == ["empty text"] * 2
+    text = decode(tokenizer, rows["input_ids"][0])
+    assert text == "<s>one</s><s>two</s>"
+
+
+def test_a_tokenizer_that_ends_texts_by_itself_gives_one_eos_a_document():
+    tokenizer = make_tokenizer("gpt2", adds_bos=False)
+    ids = [("</s>", tokenizer.eos_token_id)]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=ids)
+    rows = clm.encode_texts({"body": ["one", "two"]}, tokenizer, "body", 100)
+    assert decode(tokenizer, rows["input_ids"][0]) == "one</s>two</s>"
+
+
+@pytest.mark.parametrize("adds_bos", [True, False])
+def test_plain_text_passes_the_audit(adds_bos, capsys):
+    tokenizer = make_tokenizer("llama3", adds_bos=adds_bos)
+    texts = [row["response"] for row in make_rows()]
+    rows = Dataset.from_dict(clm.encode_texts({"body": texts}, tokenizer, "body", 32))
+    counts = clm.audit({"train": rows}, tokenizer, *audit_args())
+    assert clm.find_audit_problems(counts) == []
+
+
+# ------------------------------------------------------------------------------------------------ packing
+
+
+def first_fit_decreasing(lengths, capacity) -> int:
+    """Number of bins of the textbook's first fit, longest first."""
+    rooms = []
+    for length in sorted(lengths, reverse=True):
+        fit = next((i for i, room in enumerate(rooms) if room >= length), None)
+        if fit is None:
+            rooms.append(capacity)
+            fit = len(rooms) - 1
+        rooms[fit] -= length
+    return len(rooms)
+
+
+def check_bins(bins, lengths, capacity) -> None:
+    assert sorted(i for chosen in bins for i in chosen) == list(range(len(lengths)))
+    assert all(0 < sum(lengths[i] for i in chosen) <= capacity for chosen in bins)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_packing_holds_every_row_once_and_needs_no_more_bins_than_first_fit_decreasing(seed):
+    dice = random.Random(seed)
+    capacity = dice.choice((1, 2, 10, 64, 100, 512, 1024))
+    longest = dice.choice((capacity, max(1, capacity // 2), max(1, capacity // 5)))
+    lengths = [min(longest, max(1, int(dice.lognormvariate(3, 1)))) for _ in range(dice.randint(0, 300))]
+    bins = clm.pack_lengths(lengths, capacity)
+    check_bins(bins, lengths, capacity)
+    assert len(bins) <= first_fit_decreasing(lengths, capacity)
+
+
+def test_packing_fills_bins_to_the_last_token():
+    assert clm.pack_lengths([3, 7, 5, 5, 1, 9], 10) == [[5, 4], [1, 0], [2, 3]]
+    assert clm.pack_lengths([10, 10], 10) == [[0], [1]]
+    assert clm.pack_lengths([], 10) == []
+
+
+def test_packing_a_hundred_thousand_rows_leaves_under_a_hundredth_empty():
+    dice = random.Random(0)
+    lengths = [min(1024, max(8, int(dice.lognormvariate(5, 0.8)))) for _ in range(100_000)]
+    bins = clm.pack_lengths(lengths, 1024)
+    check_bins(bins, lengths, 1024)
+    assert sum(lengths) > 0.99 * 1024 * len(bins)
+
+
+# ------------------------------------------------------------------------------------------------ audit
+
+
+def audit_args(skip_audit: bool = False, audit_only: bool = False):
+    return SimpleNamespace(skip_audit=skip_audit, audit_only=audit_only), SimpleNamespace(process_index=0)
+
+
+GOOD = {"rows": 1000, "used": 1000, "left_out": 0, "rows_without_bos": 0, "rows_with_two_bos": 0, "answers": 1000}
+GOOD |= {"answers_with_stop": 1000, "overlap": 0, "reasons": Counter({"empty answer": 51})}
+
+
+@pytest.mark.parametrize(
+    ("below", "above", "message"),
+    [
+        (dict(left_out=50), dict(left_out=51), "51 of 1000 rows are left out: 51 x empty answer"),
+        (dict(rows_without_bos=0), dict(rows_without_bos=1), "1 rows without bos"),
+        (dict(rows_with_two_bos=0), dict(rows_with_two_bos=1), "1 rows with two bos"),
+        (dict(answers_with_stop=900), dict(answers_with_stop=899), "101 of 1000 answers have no stop token"),
+        (dict(overlap=10), dict(overlap=11), "11 of 1000 prompts are in the training data"),
+        (dict(used=1, rows=1), dict(used=0, rows=51), "none of the 51 rows can be used: 51 x empty answer"),
+    ],
+)
+def test_each_limit_of_the_audit_is_reported_above_it_and_not_at_it(below, above, message):
+    assert clm.find_audit_problems({"train": GOOD | below}) == []
+    (problem,) = clm.find_audit_problems({"train": GOOD, "validation": GOOD | above})
+    assert problem.startswith("validation: ") and message in problem
+
+
+def test_every_broken_limit_of_every_split_is_reported_at_once():
+    bad = GOOD | dict(left_out=60, rows_without_bos=2, rows_with_two_bos=3, answers_with_stop=0, overlap=500)
+    problems = clm.find_audit_problems({"train": bad, "validation": bad})
+    assert [p.split(":")[0] for p in problems] == ["train"] * 5 + ["validation"] * 5
+
+
+def test_the_counts_of_a_split_are_those_of_its_rows():
+    tokenizer = make_letters()
+    rows = [LETTER_ROW, LETTER_ROW, {**LETTER_ROW, "response": ""}, {**LETTER_ROW, "context": None}]
+    rows += [{**LETTER_ROW, "context": "c" * n} for n in (8, 20)] + [{**LETTER_ROW, "response": "a" * 60}]
+    counts = clm.count_split(encode_rows(tokenizer, rows, *DOLLY, limit=23), True)
+    assert counts == {
+        **{"rows": 7, "used": 6, "left_out": 1, "cut_context": 2, "cut_prompt": 0, "cut_answer": 1},
+        **{"tokens": 23 + 23 + 15 + 23 + 23 + 23, "supervised_tokens": 7 * 5 + 19, "answers": 6},
+        **{"answers_with_stop": 5, "rows_without_bos": 0, "rows_with_two_bos": 0, "duplicates": 1},
+        "rows_with_special_tokens_in_text": 0,
+        "reasons": Counter({"empty answer": 1}),
+    }
+
+
+def test_duplicates_and_validation_prompts_seen_in_training_are_counted(capsys):
+    tokenizer = make_simple("dolly")
+    rows = [{"instruction": f"q{i}", "context": "", "response": f"a{i}"} for i in range(20)]
+    train = encode_rows(tokenizer, rows + rows[:3], *DOLLY)
+    seen = [{**rows[0], "response": "another"}, {**rows[1], "instruction": " q1\n"}, {**rows[2], "context": "new"}]
+    validation = encode_rows(tokenizer, [*seen, {**rows[3], "instruction": "Q3"}, {**rows[4], "response": ""}], *DOLLY)
+    counts = clm.audit({"train": train, "validation": validation}, tokenizer, *audit_args(skip_audit=True))
+    assert (counts["train"]["duplicates"], counts["validation"]["duplicates"]) == (3, 0)
+    assert counts["validation"]["overlap"] == 2 and "overlap" not in counts["train"]
+    printed = capsys.readouterr().out
+    assert re.search(r"prompts also in train +- +2\n", printed) and "validation: left out 1 x empty answer" in printed
+    with pytest.raises(clm.UsageError, match="2 of 4 prompts are in the training data"):
+        clm.audit({"train": train, "validation": validation}, tokenizer, *audit_args())
+
+
+def test_an_audit_without_one_usable_row_ends_the_run_whatever_the_flags(capsys):
+    tokenizer = make_simple("dolly")
+    rows = encode_rows(tokenizer, [{"instruction": "q", "context": "", "response": ""}] * 3, *DOLLY)
+    for flags in ({}, {"skip_audit": True}, {"audit_only": True}):
+        with pytest.raises(clm.UsageError, match="none of the 3 rows can be used: 3 x empty answer"):
+            clm.audit({"train": rows}, tokenizer, *audit_args(**flags))
+
+
+def read_marks(shown: str) -> list[tuple[str, bool]]:
+    """Every token that show_tokens prints, and whether it is marked."""
+    lines, tokens = shown.split("\n")[1:-1], []
+    for i, line in enumerate(lines):
+        if set(line) <= {" ", "^"}:
+            continue
+        marks = lines[i + 1] if i + 1 < len(lines) and set(lines[i + 1]) <= {" ", "^"} else ""
+        at = 0
+        for piece in line[:-1].split("|"):
+            mark = marks[at : at + len(piece)].ljust(len(piece))
+            assert set(mark) in ({" "}, {"^"})
+            tokens.append((piece, mark[0] == "^"))
+            at += len(piece) + 1
+            assert marks[at - 1 : at].strip() == ""
+    return tokens
+
+
+@pytest.mark.parametrize("limit", [400, 20, 21])
+def test_show_tokens_marks_the_supervised_tokens_and_no_other(limit):
+    tokenizer = make_simple("dolly")
+    answer = "One lens.\nTwo\tlenses, in a rather long answer that goes over the line's end."
+    encoded = encode(tokenizer, {"instruction": "How many?", "context": "", "response": answer}, *DOLLY)
+    ids, labels = encoded["input_ids"], encoded["labels"]
+    shown = clm.show_tokens(ids, labels, tokenizer, limit=limit)
+    wanted = [
+        (tokenizer.decode([i]).replace("\n", "⏎").replace("\t", "⇥"), label != -100)
+        for i, label in zip(ids, labels, strict=True)
+    ]
+    if len(ids) > limit:
+        half = limit // 2
+        wanted[half:-half] = [(f" ... {len(ids) - limit} tokens ... ", False)]
+    assert read_marks(shown) == wanted
+    supervised = sum(label != -100 for label in labels)
+    assert shown.startswith(f"--- one row: {len(ids)} tokens, {supervised} supervised (^)\n")
+    assert max(map(len, shown.split("\n"))) <= 110
