@@ -6,24 +6,32 @@ import shlex
 import subprocess
 
 import pytest
-from transformers import HfArgumentParser, Seq2SeqTrainingArguments
+from transformers import HfArgumentParser
 
 import init_model
-import run_summarization as script
+import run_clm_instruct
+import run_summarization
 from conftest import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [line for block in re.findall(r"```\n(.*?)```", README, re.S) for line in block.splitlines()]
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if "run_summarization.py --" in c])
-def test_every_training_command_parses_and_its_config_exists(command):
+ARGUMENTS = {
+    "run_summarization.py": run_summarization.SUMMARIZATION_ARGUMENTS,
+    "run_clm_instruct.py": run_clm_instruct.INSTRUCT_ARGUMENTS,
+}
+TRAINING = [(name, c) for c in COMMANDS for name in ARGUMENTS if f"{name} --" in c]
+
+
+@pytest.mark.parametrize("name, command", TRAINING)
+def test_every_training_command_parses_and_its_config_exists(name, command):
     words = shlex.split(command)
-    arguments = words[words.index("run_summarization.py") + 1 :]
-    parser = HfArgumentParser((script.ModelArguments, script.DataTrainingArguments, Seq2SeqTrainingArguments))
-    namespace = parser.parse_args(arguments)
+    namespace = HfArgumentParser(ARGUMENTS[name]).parse_args(words[words.index(name) + 1 :])
     assert (words[0] == "deepspeed") == (namespace.deepspeed is not None)
-    assert script.find_deepspeed_problems(namespace) == []
+    assert run_summarization.find_deepspeed_problems(namespace) == []
+    if name == "run_clm_instruct.py":
+        assert run_clm_instruct.find_template_problems(namespace) == []
 
 
 def test_every_make_target_named_exists():
@@ -35,13 +43,13 @@ def test_every_make_target_named_exists():
 
 
 def test_the_make_targets_run_the_commands_that_stand_below_them():
-    for name in ("t5-small", "t5-large", "t5-11b"):
+    for name in ("t5-small", "t5-large", "t5-11b", "llama2-7b", "llama3-8b"):
         made = subprocess.run(["make", "-n", f"train-{name}"], cwd=ROOT, capture_output=True, text=True).stdout
         made = made.replace("\\\n", " ")
-        stated = next(c for c in COMMANDS if f"--model_name_or_path {name} " in c)
-        for pair in re.findall(
-            r"--(?:deepspeed|optim|per_device_train_batch_size|num_train_epochs|output_dir) \S+", stated
-        ):
+        stated = next(c for c in COMMANDS if f"--output_dir out/{name} " in c)
+        flags = "deepspeed|optim|per_device_train_batch_size|num_train_epochs|output_dir|model_name_or_path|lora_rank"
+        flags += "|prompt_template|max_seq_length|learning_rate"
+        for pair in re.findall(rf"--(?:{flags}) \S+", stated):
             assert pair in made, (name, pair)
 
 

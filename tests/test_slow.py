@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from conftest import ROOT, run
+from test_clm_instruct import make_instructions, write_jsonl
 from test_run_summarization import KILL_IN_SAVE, SCRIPT, history
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -61,3 +62,30 @@ def test_adafactor_has_the_losses_of_one_process_on_two_three_and_resumed_on_fou
         run([*start, SCRIPT, *common, *rows, *zero, "--output_dir", name], tmp_path)
         losses[name] = history(tmp_path / name, "loss")
         assert len(losses[name]) == 50 and losses[name] == pytest.approx(losses["one"], rel=1e-4), name
+
+
+def test_the_instruct_demo_answers_more_than_half_of_the_held_out_questions():
+    run([sys.executable, "demo_instruct.py"], cwd=ROOT, timeout=800)
+    results = json.loads((ROOT / "demo_instruct/out/all_results.json").read_text())
+    rows = [json.loads(line) for line in open(ROOT / "demo_instruct/out/generated_predictions.jsonl")]
+    assert sum(row["prediction"] == row["reference"] for row in rows) > len(rows) / 2  # 40 of 48 on 2026-11-21
+    assert results["eval_stopped"] > 0.9
+
+
+def test_the_adamw_offload_config_trains_a_llama_on_two_ranks(tmp_path):
+    write_jsonl(tmp_path / "train.jsonl", make_instructions(64, 1))
+    run(
+        [sys.executable, ROOT / "data_prep/init_model.py", "--architecture", "llama", "--preset", "tiny"]
+        + ["--train_file", "train.jsonl", "--vocab_size", "600", "--output_dir", "tiny-llama"],
+        cwd=tmp_path,
+    )
+    run(  # DeepSpeed compiles its CPU Adam on first use
+        [*RANKS, ROOT / "run_clm_instruct.py", "--deepspeed", ROOT / "ds_configs/zero3_offload_adamw.json"]
+        + ["--model_name_or_path", "tiny-llama", "--do_train", "--train_file", "train.jsonl", "--bf16", "--packing"]
+        + ["--gradient_checkpointing", "--max_seq_length", "256", "--max_steps", "20", "--learning_rate", "3e-3"]
+        + ["--warmup_steps", "4", "--logging_steps", "1", "--save_strategy", "no", "--output_dir", "out"],
+        cwd=tmp_path,
+        timeout=800,
+    )
+    losses, rates = history(tmp_path / "out", "loss"), history(tmp_path / "out", "learning_rate")
+    assert losses[-1] < losses[0] - 1 and max(rates) == rates[-1] == pytest.approx(3e-3)
