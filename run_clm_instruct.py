@@ -1034,7 +1034,8 @@ def encode_chat(messages: list[dict], tokenizer, layouts: dict, limit: int, trai
         raise RowError("no room for an answer in --max_seq_length")
     stops = {bisect.bisect_right(owners, n) - 1 for n, s in enumerate(segments) if s.kind == "stop"}
     starts = [i for i, s in enumerate(segments) if s.supervised and not (i and segments[i - 1].supervised)]
-    last = starts[max(bisect.bisect_right(starts, owners[kept[-1]]) - 1, 0)]  # of the last answer that is not cut off
+    answers = max(bisect.bisect_right(starts, owners[kept[-1]]), 1)  # of which something is left
+    last = starts[answers - 1]
     parts = [s.text for s in segments if s.kind in ("prompt", "context", "answer")]
     prompts = "\0".join(s.text for s in segments if s.kind in ("prompt", "context"))
     return {
@@ -1044,7 +1045,8 @@ def encode_chat(messages: list[dict], tokenizer, layouts: dict, limit: int, trai
         "source": "".join(s.text for s in segments[:last]),
         "reference": next(s.text for s in segments[last:] if s.kind == "answer"),
         "cut": cut,
-        "answers": sum(m["role"] == "assistant" for m in messages),
+        "answers": answers,
+        "answers_lost": len(starts) - answers,
         "stops": len(stops & set(kept)),
         "leading_bos": count_leading(input_ids, tokenizer.bos_token_id),
         "prompt_hash": hash_text(prompts),
@@ -1067,6 +1069,7 @@ def hash_text(text: str) -> int:
 EMPTY_ROW = {"input_ids": [], "labels": [], "prompt_length": 0, "source": "", "reference": "", "cut": ""}
 EMPTY_ROW |= {
     "answers": 0,
+    "answers_lost": 0,
     "stops": 0,
     "leading_bos": 0,
     "prompt_hash": 0,
@@ -1210,6 +1213,7 @@ def count_split(encoded, expected_bos: bool) -> dict:
         "cut_answer": cuts["answer"],
         "tokens": sum(len(row["input_ids"]) for row in usable.select_columns("input_ids")),
         "supervised_tokens": supervised,
+        "answers_cut_off_whole": sum(usable["answers_lost"]),
         "answers": sum(usable["answers"]),
         "answers_with_stop": sum(usable["stops"]),
         "rows_without_bos": sum(count == 0 for count in bos) if expected_bos else 0,
@@ -1288,7 +1292,8 @@ def format_audit(counts: dict[str, dict]) -> str:
         cells = "".join(f"{c[name] if name in c else '-':>14}" for c in counts.values())
         lines.append(f"{titles.get(name, name.replace('_', ' ')):<34}{cells}")
         if name == "answers_with_stop":
-            shares = "".join(f"{c[name] / c['answers'] if c['answers'] else 0:>14.1%}" for c in counts.values())
+            shares = [f"{c[name] / c['answers']:.1%}" if c["answers"] else "-" for c in counts.values()]
+            shares = "".join(f"{share:>14}" for share in shares)
             lines.append(f"{'  share of answers':<34}{shares}")
     lines += [f"{split}: left out {describe_reasons(c['reasons'])}" for split, c in counts.items() if c["reasons"]]
     return "\n".join(["", *lines, ""])

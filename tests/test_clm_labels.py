@@ -788,7 +788,10 @@ def test_too_long_chats_lose_the_oldest_context_first_and_then_the_oldest_prompt
     assert len(encoded["input_ids"]) == min(limit, 25)
     assert decode(tokenizer, encoded["input_ids"]) == left
     assert encoded["cut"] == cut
-    assert (encoded["answers"], encoded["stops"]) == (2, left.count("</s>"))
+    answers = 2 if "b" in left else 1
+    assert (encoded["answers"], encoded["answers_lost"]) == (answers, 2 - answers)
+    assert encoded["stops"] == left.count("</s>")
+    assert encoded["reference"] == {1: "aaa", 2: "bbb"}[answers] and encoded["prompt_length"] < len(left)
 
 
 @pytest.mark.parametrize(("family", "kind", "adds_bos"), CASES[::7])
@@ -1128,7 +1131,7 @@ def test_the_counts_of_a_split_are_those_of_its_rows():
         **{"rows": 7, "used": 6, "left_out": 1, "cut_context": 2, "cut_prompt": 0, "cut_answer": 1},
         **{"tokens": 23 + 23 + 15 + 23 + 23 + 23, "supervised_tokens": 7 * 5 + 19, "answers": 6},
         **{"answers_with_stop": 5, "rows_without_bos": 0, "rows_with_two_bos": 0, "duplicates": 1},
-        "rows_with_special_tokens_in_text": 0,
+        **{"rows_with_special_tokens_in_text": 0, "answers_cut_off_whole": 0},
         "reasons": Counter({"empty answer": 1}),
     }
 
