@@ -46,7 +46,7 @@ demo-instruct: $(VENV)/.core
 	PATH="$(CURDIR)/$(BIN):$$PATH" python demo_instruct.py
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -q --durations=8
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=12
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -m slow

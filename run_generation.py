@@ -358,7 +358,7 @@ def find_decoding_problems(decoding: dict) -> list[str]:
     if decoding.get("num_beams", 1) > 1 and decoding.get("prompt_lookup_num_tokens"):
         problems.append("--prompt_lookup_num_tokens: goes with greedy decoding or sampling, not with --num_beams")
     try:
-        GenerationConfig(**decoding).validate(strict=True)
+        GenerationConfig(**{"num_beams": 1, **decoding}).validate(strict=True)
     except (ValueError, TypeError) as error:
         lines = [line.removeprefix("- ").replace("`", "") for line in str(error).splitlines() if line.startswith("- ")]
         problems += lines or [f"decoding flags {', '.join(named)}: {str(error).splitlines()[0]}"]
@@ -481,7 +481,8 @@ def write_table(table, path: Path) -> None:
     if path.suffix.lower() == ".csv":
         table.to_csv(unfinished, index=False)
     elif path.suffix.lower() == ".jsonl":
-        table.to_json(unfinished, force_ascii=False)
+        with open(unfinished, "w", encoding="utf-8") as stream:  # to_json rounds numbers to ten digits
+            stream.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in table)
     else:
         table.to_parquet(unfinished)
     os.replace(unfinished, path)
@@ -606,12 +607,13 @@ def choose_dtype(model_args) -> torch.dtype:
         return getattr(torch, model_args.dtype)
     if not model_args.use_cpu:
         return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
-    return torch.bfloat16 if torch.backends.cpu.get_cpu_capability() and has_cpu_bf16() else torch.float32
+    return torch.bfloat16 if has_cpu_bf16() else torch.float32
 
 
 def has_cpu_bf16() -> bool:
-    """Whether the CPU multiplies bf16 matrices in hardware; without (AVX-512 BF16 or AMX) bf16 is slower than fp32."""
-    return any(check() for check in (torch.cpu._is_amx_tile_supported, torch.cpu._is_avx512_bf16_supported))
+    """Whether the CPU multiplies bf16 matrices in hardware (AMX, AVX-512 BF16); elsewhere bf16 takes twice as long."""
+    known = torch.cpu.get_capabilities()
+    return bool(known.get("amx_bf16") or known.get("avx512_bf16"))
 
 
 def make_generation_config(model, tokenizer, decoding: dict) -> GenerationConfig:

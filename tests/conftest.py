@@ -27,8 +27,9 @@ def make_rows(count: int, seed: int) -> list[tuple[str, str, str]]:
     rows = []
     for i in range(count):
         part, verdict = dice.choice(PARTS), dice.choice(VERDICTS)
-        scene = " ".join(dice.sample(SCENES, dice.randint(1, 3)))
-        rows.append((f"{scene} The {part} is {verdict}.", f"{verdict} {part}" + " indeed" * (i % 3), f"P{i % 7}"))
+        scenes = dice.sample(SCENES, dice.randint(1, 3))
+        headline = f"{verdict} {part}" + " indeed" * (len(scenes) - 1)
+        rows.append((f"{' '.join(scenes)} The {part} is {verdict}.", headline, f"P{i % 7}"))
     return rows
 
 

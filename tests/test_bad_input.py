@@ -141,7 +141,7 @@ def test_several_mistakes_are_reported_together_with_exit_code_2_and_no_tracebac
 
 def test_a_mistake_under_the_deepspeed_runner_is_reported_once_and_fails(tmp_path, work):
     done = run(
-        ["deepspeed", "--num_gpus", "2", "--master_port", "29573", ROOT / "run_summarization.py", "--do_train"]
+        ["deepspeed", "--num_gpus", "2", "--master_port", "29574", ROOT / "run_summarization.py", "--do_train"]
         + ["--deepspeed", ROOT / "ds_configs/zero2.json", "--model_name_or_path", work / "tiny-t5"]
         + ["--train_file", "nowhere.csv", "--output_dir", "out"],
         cwd=tmp_path,

@@ -121,7 +121,7 @@ def test_the_exported_folder_generates_the_same_text_in_a_fresh_load(four_ways, 
 
 
 def test_every_deepspeed_config_leaves_the_optimizer_to_the_flags_and_the_rest_on_auto():
-    files = sorted((ROOT / "ds_configs").glob("*.json"))
+    files = [f for f in sorted((ROOT / "ds_configs").glob("*.json")) if "inference" not in f.stem]
     assert [f.stem for f in files] == ["zero2", "zero2_offload", "zero3", "zero3_offload", "zero3_offload_adamw"]
     for file in files:
         config = json.loads(file.read_text())

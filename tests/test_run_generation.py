@@ -1,0 +1,416 @@
+# Copyright 2026 The plaintune authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""run_generation.py run as a user runs it; a test's name is its claim."""
+
+import csv
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig
+
+import run_generation as script
+from conftest import ROOT, make_rows, run, write_csv
+from test_clm_instruct import make_instructions, write_jsonl
+
+SCRIPT = ROOT / "run_generation.py"
+
+
+def read_csv(path: Path) -> list[dict]:
+    with open(path, newline="", encoding="utf-8") as stream:
+        return list(csv.DictReader(stream))
+
+
+def command(model: Path, table: Path, output: Path, *flags, start=None) -> list:
+    words = [*(start or [sys.executable, SCRIPT]), "--model_name_or_path", model, "--input_file", table]
+    return [*words, "--output_file", output, "--dtype", "float32", "--max_new_tokens", "12", *flags]
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> Path:
+    """A tiny Llama trained for a few steps on questions, so that its answers end at different lengths."""
+    folder = tmp_path_factory.mktemp("llama")
+    write_jsonl(folder / "train.jsonl", make_instructions(200, 1))
+    run(
+        [sys.executable, ROOT / "data_prep/init_model.py", "--architecture", "llama", "--preset", "tiny"]
+        + ["--train_file", "train.jsonl", "--vocab_size", "600", "--output_dir", "tiny-llama"],
+        cwd=folder,
+    )
+    run(
+        [sys.executable, ROOT / "run_clm_instruct.py", "--model_name_or_path", "tiny-llama", "--do_train"]
+        + ["--train_file", "train.jsonl", "--prompt_template", "plain", "--max_steps", "80", "--learning_rate", "5e-3"]
+        + ["--save_strategy", "no", "--output_dir", "out"],
+        cwd=folder,
+    )
+    return folder / "out"
+
+
+def make_generator(model_folder, data_folder, **decoding):
+    """A Generator over a folder's model, as main() makes it."""
+    table = write_csv(data_folder / "rows.csv", make_rows(3, 1))
+    flags = [f"--{name}={json.dumps(value)}" for name, value in decoding.items()]
+    argv = [str(w) for w in command(model_folder, table, data_folder / "never.csv", *flags)[2:]]
+    model_args, data_args, given = script.parse_generation_arguments(argv)
+    model, writer, prompts, config = script.load_generator(model_args, data_args, given)
+    generator = script.Generator(model, writer, prompts, config, data_args, counts=Counter())
+    script.share_sources(generator)
+    return generator
+
+
+def make_odd_texts(count: int) -> list[str]:
+    """Reviews with their words shuffled or missing, so that outputs end at different lengths."""
+    dice, texts = random.Random(3), []
+    for body, _, _ in make_rows(count, 9):
+        words = body.split()
+        texts.append(" ".join(dice.sample(words, dice.randint(1, len(words)))) if len(texts) % 3 else body)
+    return texts
+
+
+def generate_all(generator, texts: list) -> list[list[int]]:
+    ids, _ = generator.prompts.encode(texts)
+    outputs = {}
+    for batch in script.plan_rows(generator, ids):
+        outputs |= zip(batch, script.generate_batch(generator, [ids[i] for i in batch], batch), strict=True)
+    return [outputs[i] for i in range(len(texts))]
+
+
+def generate_alone(generator, texts: list) -> list[list[int]]:
+    """transformers' own generate() on one row at a time."""
+    model, results = generator.model, []
+    model.set_attn_implementation("sdpa")
+    for ids in generator.prompts.encode(texts)[0]:
+        prompt = torch.tensor([ids])
+        output = model.generate(
+            input_ids=prompt, attention_mask=torch.ones_like(prompt), generation_config=generator.config
+        )
+        results.append(output[0, 1 if model.config.is_encoder_decoder else len(ids) :].tolist())
+    return results
+
+
+# ------------------------------------------------------------------------------------------------ same as one by one
+
+METHODS = {
+    "greedy": {},
+    "beams": {"num_beams": 4},
+    "beams that stop early": {"num_beams": 3, "early_stopping": True},
+    "beams that never stop early, longer": {"num_beams": 3, "early_stopping": "never", "length_penalty": 2.0},
+    "beams without repeats": {
+        "num_beams": 2,
+        "no_repeat_ngram_size": 2,
+        "repetition_penalty": 1.3,
+        "min_new_tokens": 4,
+    },
+    "greedy without repeats": {"no_repeat_ngram_size": 2, "repetition_penalty": 1.3},
+    "prompt lookup": {"prompt_lookup_num_tokens": 3},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_encoder_decoder_writes_in_batches_what_it_writes_row_by_row(trained, tmp_path, method):
+    generator = make_generator(trained, tmp_path, **METHODS[method])
+    generator.data_args.max_tokens_per_batch = 2000
+    texts = make_odd_texts(60)
+    outputs = generate_all(generator, texts)
+    if "beams" in method:
+        assert generator.model.config._attn_implementation == "sdpa_by_row"
+    assert outputs == generate_alone(generator, texts)
+    if "repeats" not in method:
+        assert len({len(row) for row in outputs}) > 1  # so rows do leave their batch at different times
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_causal_model_writes_in_batches_what_it_writes_row_by_row(llama, tmp_path, method):
+    generator = make_generator(llama, tmp_path, **METHODS[method], max_new_tokens=24)
+    generator.data_args.max_tokens_per_batch = 3000
+    texts = [row["instruction"] * (1 + i % 3) for i, row in enumerate(make_instructions(40, 9))]
+    outputs = generate_all(generator, texts)
+    assert outputs == generate_alone(generator, texts)
+    assert len({len(row) for row in outputs}) > 1
+
+
+SAMPLING = {
+    "temperature": {"do_sample": True, "temperature": 0.7},
+    "top-p": {"do_sample": True, "top_p": 0.8, "top_k": 0},
+    "min-p": {"do_sample": True, "min_p": 0.1},
+    "typical": {"do_sample": True, "typical_p": 0.9},
+    "beams": {"do_sample": True, "num_beams": 2},
+}
+
+
+@pytest.mark.parametrize("method", SAMPLING)
+def test_a_sample_belongs_to_its_row_and_seed_and_not_to_its_batch(trained, tmp_path, method):
+    generator = make_generator(trained, tmp_path, **SAMPLING[method])
+    texts = [body for body, _, _ in make_rows(40, 9)]
+    whole = generate_all(generator, texts)
+    generator.data_args.max_tokens_per_batch = 300
+    assert generate_all(generator, texts) == whole
+    generator.data_args.seed = 43
+    assert generate_all(generator, texts) != whole
+
+
+def test_samples_have_the_probabilities_that_the_model_gives(trained, tmp_path):
+    generator = make_generator(trained, tmp_path, do_sample=True, max_new_tokens=1, top_k=0)
+    ids = generator.prompts.encode(["The lens is great."])[0]
+    drawn = script.generate_batch(generator, ids * 4000, list(range(4000)))
+    with torch.no_grad():
+        start = torch.tensor([[generator.model.config.decoder_start_token_id]])
+        logits = generator.model(input_ids=torch.tensor(ids), decoder_input_ids=start).logits[0, -1]
+    expected = logits.softmax(-1)
+    found = torch.bincount(torch.tensor(drawn)[:, 0], minlength=len(expected)) / 4000
+    assert (found - expected).abs().max() < 0.03  # four standard errors at most
+
+
+# ------------------------------------------------------------------------------------------------ the table
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory) -> Path:
+    """150 rows with a leading-zero number, a comma, a newline, nulls and one very long text."""
+    folder = tmp_path_factory.mktemp("table")
+    rows = make_rows(150, 5)
+    rows[3], rows[40] = ("", *rows[3][1:]), ("   ", *rows[40][1:])
+    rows[7] = (" ".join(body for body, _, _ in rows[50:120]), 'a "quoted", headline\nin two lines', "007")
+    return write_csv(folder / "rows.csv", rows)
+
+
+def test_every_column_and_the_order_are_kept_and_one_column_is_new(trained, table, tmp_path):
+    (tmp_path / "run_generation.py").write_text(SCRIPT.read_text())  # alone in an empty folder
+    alone = [sys.executable, "run_generation.py"]
+    done = run(command(trained, table, "out.csv", "--max_source_length", "96", start=alone), cwd=tmp_path)
+    before, after = read_csv(table), read_csv(tmp_path / "out.csv")
+    assert [{k: v for k, v in row.items() if k != "prediction"} for row in after] == before
+    assert list(after[0]) == ["review_body", "review_headline", "product_id", "prediction"]
+    assert [i for i, row in enumerate(after) if not row["prediction"]] == [3, 40]
+    model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(trained), AutoTokenizer.from_pretrained(trained)
+    for i in (0, 7, 149):
+        ids = tokenizer("summarize: " + before[i]["review_body"], truncation=True, max_length=96, return_tensors="pt")
+        ids = model.generate(**ids, generation_config=GenerationConfig(max_new_tokens=12, num_beams=1))
+        assert tokenizer.decode(ids[0], skip_special_tokens=True).strip() == after[i]["prediction"]
+    counts = dict(line.rsplit(maxsplit=1) for line in done.stdout.splitlines() if line.endswith(("2", "1", "150")))
+    assert (counts["without a text"], counts["cut"], counts["rows"]) == ("2", "1", "150")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.csv", "run_generation.py"]
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_typed_columns_and_lists_come_out_as_they_went_in(trained, tmp_path, ending):
+    rows = [
+        {"text": body, "stars": i, "tags": ["a", str(i)], "score": i / 3}
+        for i, (body, _, _) in enumerate(make_rows(9, 2))
+    ]
+    rows[4]["text"] = None
+    source = tmp_path / f"in.{ending}"
+    datasets.Dataset.from_list(rows).to_parquet(source) if ending == "parquet" else write_jsonl(source, rows)
+    out = tmp_path / f"out.{ending}"
+    run(command(trained, source, out), cwd=tmp_path)
+    read = datasets.load_dataset("parquet" if ending == "parquet" else "json", data_files=str(out), split="train")
+    assert [{k: v for k, v in row.items() if k != "prediction"} for row in read] == rows
+    assert read[4]["prediction"] == "" and all(read[i]["prediction"] for i in (0, 8))
+
+
+def test_chats_and_instructions_are_answered_by_the_saved_template(llama, tmp_path):
+    rows = make_instructions(12, 9)
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    chats = []
+    for row in rows:
+        user = {"role": "user", "content": row["instruction"], "context": row["context"]}
+        chats.append({"messages": [user, {"role": "assistant", "content": "to be replaced", "context": ""}]})
+    write_jsonl(tmp_path / "chats.jsonl", chats)
+    run(command(llama, tmp_path / "rows.jsonl", tmp_path / "a.jsonl"), cwd=tmp_path)
+    run(command(llama, tmp_path / "chats.jsonl", tmp_path / "b.jsonl"), cwd=tmp_path)
+    answers = [json.loads(line)["prediction"] for line in open(tmp_path / "a.jsonl")]
+    assert answers == [json.loads(line)["prediction"] for line in open(tmp_path / "b.jsonl")]
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(llama), AutoTokenizer.from_pretrained(llama)
+    for row, answer in zip(rows, answers, strict=True):
+        user = {"role": "user", "content": row["instruction"]}
+        user |= {"context": row["context"]} if row["context"] else {}
+        ids = tokenizer.apply_chat_template([user], add_generation_prompt=True, return_tensors="pt")
+        new = model.generate(**ids, max_new_tokens=12, do_sample=False)[0, ids["input_ids"].shape[1] :]
+        assert tokenizer.decode(new, skip_special_tokens=True).strip() == answer
+
+
+def test_a_long_chat_prompt_loses_text_and_keeps_what_the_template_adds(llama):
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    tokenizer.chat_template = "{{ bos_token }}Q: {{ messages[0].content }}\nA:"
+    prompts = script.Prompts(tokenizer, True, "", 20)
+    (ids,), (cut,) = prompts.encode(["clean the lens " * 30])
+    text = tokenizer.decode(ids)
+    assert cut and len(ids) <= 20 and text.startswith("<s>Q: clean") and text.endswith("\nA:")
+
+
+# ------------------------------------------------------------------------------------------------ several processes
+
+
+@pytest.fixture(scope="module")
+def one_process(trained, table, tmp_path_factory) -> dict[str, list[dict]]:
+    folder = tmp_path_factory.mktemp("one")
+    outs = {}
+    for name, flags in WAYS.items():
+        run(command(trained, table, folder / f"{name}.csv", *CUT, *flags), cwd=folder)
+        outs[name] = read_csv(folder / f"{name}.csv")
+    return outs
+
+
+CUT = ["--max_source_length", "96", "--max_tokens_per_batch", "400"]
+WAYS = {"beams": ["--num_beams", "2"], "samples": ["--do_sample", "--temperature", "0.8"]}
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_two_ranks_write_the_table_of_one(trained, table, one_process, tmp_path, name):
+    start = [Path(sys.executable).parent / "torchrun", "--nproc_per_node", "2", "--master_port", "29591", SCRIPT]
+    run(command(trained, table, tmp_path / "out.csv", *CUT, *WAYS[name], start=start), cwd=tmp_path)
+    assert read_csv(tmp_path / "out.csv") == one_process[name]
+
+
+def test_zero3_on_two_ranks_writes_the_table_of_one_process(trained, table, one_process, tmp_path):
+    start = ["deepspeed", "--num_gpus", "2", "--master_port", "29592", SCRIPT]
+    zero = ["--deepspeed", ROOT / "ds_configs/zero3_inference.json", *WAYS["beams"]]
+    run(command(trained, table, tmp_path / "out.csv", *CUT, *zero, start=start), cwd=tmp_path)
+    assert read_csv(tmp_path / "out.csv") == one_process["beams"]
+
+
+# ------------------------------------------------------------------------------------------------ kills
+
+
+def test_a_run_killed_twice_goes_on_and_ends_with_the_same_file(trained, tmp_path):
+    source = write_csv(tmp_path / "rows.csv", make_rows(600, 6))
+    flags = ["--num_beams", "4", "--max_tokens_per_batch", "600"]
+    run(command(trained, source, tmp_path / "whole.csv", *flags), cwd=tmp_path)
+    words = [str(word) for word in command(trained, source, tmp_path / "out.csv", *flags)]
+    parts = tmp_path / "out.csv.parts"
+    for least in (5, 25):
+        process = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while count_lines(parts) < least and process.poll() is None:
+            time.sleep(0.01)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        assert not (tmp_path / "out.csv").exists() and count_lines(parts) >= least
+    newest = max(parts.glob("*.jsonl"), key=lambda path: path.name)
+    newest.write_bytes(newest.read_bytes()[:-20])  # torn in the middle of its last line
+    printed = run(words, cwd=tmp_path).stdout
+    assert "going on: " in printed
+    assert (tmp_path / "out.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
+    assert not parts.exists()
+
+
+def count_lines(folder: Path) -> int:
+    return sum(path.read_bytes().count(b"\n") for path in folder.glob("*.jsonl")) if folder.exists() else 0
+
+
+def test_rows_of_other_arguments_are_not_mixed_in(trained, table, tmp_path):
+    store = script.Store(tmp_path / "out.csv.parts", {"other": "arguments"}, 0)
+    store.open()
+    done = run(command(trained, table, tmp_path / "out.csv"), cwd=tmp_path, check=False)
+    assert done.returncode == 2 and "Traceback" not in done.stdout
+    assert "holds the rows of a run with other arguments" in done.stdout and "remove it" in done.stdout
+
+
+# ------------------------------------------------------------------------------------------------ groups
+
+
+def test_all_texts_of_a_product_become_one_summary_in_rounds(trained, tmp_path):
+    rows = make_rows(120, 8)
+    source = write_csv(tmp_path / "rows.csv", [*rows, ("Alone.", "alone", "P99"), ("", "empty", "P0")])
+    flags = ["--group_by", "product_id", "--min_group_size", "5", "--max_source_length", "96"]
+    run(command(trained, source, tmp_path / "out.csv", *flags, "--max_new_tokens", "8"), cwd=tmp_path)
+    sizes = Counter(product for _, _, product in rows)
+    products = read_csv(tmp_path / "out.csv")
+    assert {row["product_id"]: int(row["num_texts"]) for row in products} == dict(sizes)
+    assert list(products[0]) == ["product_id", "num_texts", "num_rounds", "num_cut", "prediction"]
+    assert all(row["prediction"] and int(row["num_rounds"]) >= 2 and row["num_cut"] == "0" for row in products)
+
+
+def test_a_group_is_joined_in_order_into_as_few_parts_as_fit(trained):
+    prompts = script.Prompts(AutoTokenizer.from_pretrained(trained), False, "summarize: ", 60)
+    texts = [body for body, _, _ in make_rows(30, 4)]
+    parts, cut = script.join_texts(texts, prompts)
+    assert "\n".join(parts) == "\n".join(texts) and cut == 0 and 1 < len(parts) < 30
+    ids, was_cut = prompts.encode(parts)
+    assert not any(was_cut)
+    for left, right in zip(parts, parts[1:], strict=False):
+        assert len(prompts.tokenize([prompts.render(left + "\n" + right.split("\n")[0])])[0]) > 58
+    assert script.join_texts(["word " * 200, "short"], prompts)[1] == 1
+
+
+def test_a_group_of_one_text_takes_one_round_with_the_output_of_the_text_alone(trained, tmp_path):
+    generator = make_generator(trained, tmp_path, max_new_tokens=8)
+    generator.store = script.Store(tmp_path / "parts", {}, 0)
+    generator.store.open()
+    (result,) = script.summarise_groups(generator, {"P1": ["The lens is great."]})
+    alone = generator.decode(generate_alone(generator, ["The lens is great."])[0])
+    assert result == {"num_texts": 1, "num_rounds": 1, "num_cut": 0, "prediction": alone}
+
+
+# ------------------------------------------------------------------------------------------------ latency
+
+
+def test_latency_is_measured_row_by_row_and_written_as_json(trained, table, tmp_path):
+    done = run(command(trained, table, tmp_path / "out.csv", "--measure_latency", "20"), cwd=tmp_path)
+    results = json.loads((tmp_path / "out.latency.json").read_text())
+    assert results["rows"] == 19  # of the first 20 rows one has no text
+    assert 0 < results["p50_ms"] <= results["p95_ms"] <= results["p99_ms"]
+    assert results["tokens_per_second"] > 0 and 0.1 < results["peak_memory_gb"] < 20
+    assert f"p50_ms{results['p50_ms']:>26}" in done.stdout
+    assert not (tmp_path / "out.csv").exists()
+
+
+# ------------------------------------------------------------------------------------------------ bad input
+
+
+@pytest.fixture
+def refused(trained, table, tmp_path):
+    def message(*flags, **changed) -> str:
+        sound = {"model_name_or_path": trained, "input_file": table, "output_file": tmp_path / "out.csv"} | changed
+        argv = [word for name, value in sound.items() if value is not None for word in (f"--{name}", str(value))]
+        with pytest.raises(script.UsageError) as caught:
+            script.parse_generation_arguments([*argv, *flags])
+        return str(caught.value)
+
+    return message
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--text_column", "body"], "has no column 'body' (--text_column); it has review_body, review_headline"),
+        (["--group_by", "asin"], "has no column 'asin' (--group_by)"),
+        (["--output_column", "product_id"], "already has a column 'product_id'; name another by --output_column"),
+        (["--temperature", "0.7"], "temperature: do_sample is not set to True"),
+        (["--length_penalty", "2.0"], "num_beams is set to 1"),
+        (["--do_sample", "--temperature", "0"], "--temperature 0: must be a number above 0"),
+        (["--num_beams", "0"], "--num_beams 0: must be a number above 0"),
+        (["--min_new_tokens", "9", "--max_new_tokens", "5"], "--min_new_tokens 9 is more than --max_new_tokens 5"),
+        (["--num_beams", "4", "--prompt_lookup_num_tokens", "3"], "--prompt_lookup_num_tokens: goes with greedy"),
+        (["--max_source_length", "0"], "--max_source_length 0: must be 1 or more"),
+        (["--dtype", "int8"], "--dtype int8: must be auto, float32"),
+        (["--deepspeed", str(ROOT / "ds_configs/zero2.json")], "has stage 2; only stage 3"),
+    ],
+)
+def test_a_wrong_argument_is_named_with_its_value(refused, flags, said):
+    assert said in refused(*flags)
+
+
+def test_wrong_files_are_named_with_the_way_out(refused, trained, tmp_path):
+    (tmp_path / "there.csv").write_text("a\n")
+    assert "exists and is kept; remove it first" in refused(output_file=tmp_path / "there.csv")
+    (tmp_path / "empty.csv").write_text("")
+    assert "the file is empty" in refused(input_file=tmp_path / "empty.csv")
+    (tmp_path / "header.csv").write_text("text\n")
+    assert "the table holds no rows" in refused(input_file=tmp_path / "header.csv")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text((trained / "config.json").read_text())
+    assert "the folder has no weights" in refused(model_name_or_path=tmp_path / "model")
+    assert refused(input_file="no.csv", output_file="out.txt", model_name_or_path="./no").count("\n") == 2
+
+
+def test_summaries_too_long_to_be_summarised_again_are_refused(trained, table, tmp_path):
+    flags = ["--group_by", "product_id", "--max_source_length", "40", "--max_new_tokens", "20"]
+    done = run(command(trained, table, tmp_path / "out.csv", *flags), cwd=tmp_path, check=False)
+    assert done.returncode == 2 and "Traceback" not in done.stdout and "summarised again" in done.stdout
