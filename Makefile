@@ -22,7 +22,7 @@ COMMON = --do_train --do_eval --train_file $(TRAIN_FILE) --validation_file $(VAL
 	--source_prefix $(PREFIX) --optim adafactor --bf16 --predict_with_generate \
 	--max_source_length 256 --max_target_length 64
 
-.PHONY: demo demo-instruct test test-slow test-gpu bench-adafactor bench-gpu quality style prep-reviews prep-instruct fix-copies train-t5-small train-t5-large train-t5-11b train-llama2-7b train-llama3-8b clean
+.PHONY: demo demo-instruct test test-slow test-gpu bench-adafactor bench-gpu quality style prep-reviews prep-instruct fix-copies generate summarize-products bench-generation train-t5-small train-t5-large train-t5-11b train-llama2-7b train-llama3-8b clean
 
 $(VENV)/.core: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -92,6 +92,21 @@ train-t5-11b: $(VENV)/.core
 		--model_name_or_path $(or $(MODEL),t5-11b) $(COMMON) --output_dir $(OUT)/t5-11b --gradient_checkpointing \
 		--num_train_epochs 1 --per_device_train_batch_size 8 --per_device_eval_batch_size 8 \
 		--run_name t5-11b-fine-tune-reviews $(EXTRA)
+
+# MODEL, TABLE in, SUMMARIES out; EXTRA for decoding flags.
+TABLE ?= $(VALIDATION_FILE)
+SUMMARIES ?= $(OUT)/summaries.csv
+PRODUCTS ?= $(OUT)/products.csv
+generate: $(VENV)/.core
+	$(BIN)/python run_generation.py --model_name_or_path $(or $(MODEL),$(OUT)/t5-small) --input_file $(TABLE) \
+		--output_file $(SUMMARIES) --num_beams 4 --max_new_tokens 24 $(EXTRA)
+
+summarize-products: $(VENV)/.core
+	$(BIN)/python run_generation.py --model_name_or_path $(or $(MODEL),$(OUT)/t5-small) --input_file $(TABLE) \
+		--output_file $(PRODUCTS) --group_by product_id --min_group_size 10 --num_beams 4 --max_new_tokens 24 $(EXTRA)
+
+bench-generation: $(VENV)/.core
+	$(BIN)/python benchmarks/generation_speed.py
 
 prep-instruct: $(VENV)/.core
 	$(BIN)/python data_prep/prepare_instruct.py --input_file $(INSTRUCTIONS) --output_dir $(INSTRUCT_DATA) $(EXTRA)

@@ -21,6 +21,15 @@ def test_the_memory_table_has_factored_state_for_zero_adafactor_alone(tmp_path):
     assert float(rows["ZeroAdafactor"][5]) < 1e-6 < 1e-3 < float(rows["Adafactor"][5])
 
 
+def test_the_generation_table_has_both_sides_with_the_same_texts(tmp_path):
+    command = [sys.executable, ROOT / "benchmarks/generation_speed.py", "--preset", "tiny", "--num_rows", "24"]
+    printed = run([*command, "--rounds", "1", "--max_new_tokens", "6"], cwd=tmp_path).stdout
+    ratios = json.loads(printed.splitlines()[-1])
+    assert ratios["by eights, fp32"] == 1.0 and ratios["run_generation, fp32"] > 0
+    line = next(line for line in printed.splitlines() if line.startswith("run_generation, fp32"))
+    assert line.split()[-1] == "100.0%"
+
+
 @pytest.mark.slow
 def test_the_fit_runs_all_three_optimizers(tmp_path):
     command = [sys.executable, ROOT / "benchmarks/adafactor_memory.py", "--fit", "tiny", "--rows", "1", "--steps", "2"]

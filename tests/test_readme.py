@@ -10,6 +10,7 @@ from transformers import HfArgumentParser
 
 import init_model
 import run_clm_instruct
+import run_generation
 import run_summarization
 from conftest import ROOT
 
@@ -32,6 +33,23 @@ def test_every_training_command_parses_and_its_config_exists(name, command):
     assert run_summarization.find_deepspeed_problems(namespace) == []
     if name == "run_clm_instruct.py":
         assert run_clm_instruct.find_template_problems(namespace) == []
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "run_generation.py --" in c])
+def test_every_generation_command_parses_and_its_decoding_flags_agree(command):
+    words = shlex.split(command)
+    namespace = run_generation.make_parser().parse_args(words[words.index("run_generation.py") + 1 :])
+    names = {name for cls in run_generation.GENERATION_ARGUMENTS for name in cls.__dataclass_fields__}
+    decoding = {name: value for name, value in vars(namespace).items() if name not in names}
+    assert run_generation.find_decoding_problems(decoding) == []
+    assert run_generation.find_zero3_problems(namespace.deepspeed) == []
+    assert (words[0] == "deepspeed") == (namespace.deepspeed is not None)
+
+
+def test_every_decoding_flag_named_is_one():
+    flags = re.findall(r"`--([a-z_]+)[^`]*`", README.split("- **Decoding**")[1].split("- **Batches**")[0])
+    known = {action.dest for action in run_generation.make_parser()._actions}
+    assert len(flags) >= 6 and set(flags) <= known
 
 
 def test_every_make_target_named_exists():
