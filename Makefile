@@ -22,7 +22,7 @@ COMMON = --do_train --do_eval --train_file $(TRAIN_FILE) --validation_file $(VAL
 	--source_prefix $(PREFIX) --optim adafactor --bf16 --predict_with_generate \
 	--max_source_length 256 --max_target_length 64
 
-.PHONY: demo demo-instruct test test-slow test-gpu bench-adafactor bench-gpu quality style prep-reviews prep-instruct fix-copies generate summarize-products bench-generation train-t5-small train-t5-large train-t5-11b train-llama2-7b train-llama3-8b clean
+.PHONY: demo demo-instruct test test-slow test-launchers test-gpu bench-adafactor bench-gpu quality style prep-reviews prep-instruct fix-copies generate summarize-products bench-generation train-t5-small train-t5-large train-t5-11b train-llama2-7b train-llama3-8b clean
 
 $(VENV)/.core: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -50,6 +50,14 @@ test: $(VENV)/.dev
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -m slow
+
+$(VENV)/.launchers: $(VENV)/.dev requirements-launchers.txt
+	$(BIN)/python -m pip install -q -r requirements-launchers.txt
+	touch $@
+
+# Real Spark, real Ray, real MLflow with its server, two hosts in network namespaces.
+test-launchers: $(VENV)/.launchers
+	$(BIN)/python -m pytest -q -m launchers --durations=8
 
 test-gpu: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -m gpu
