@@ -123,6 +123,9 @@ class GenerationModelArguments:
     attn_implementation: str | None = field(
         default=None, metadata={"help": "sdpa, eager, flash_attention_2. Default: the library's choice."}
     )
+    assistant_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "A small model of the same tokenizer that drafts tokens; row by row."}
+    )
     use_cpu: bool = field(default=False, metadata={"help": "Use the CPU although there is an accelerator."})
     deepspeed: str | None = field(
         default=None, metadata={"help": "A ZeRO-3 file for a model larger than one card, under `deepspeed`."}
@@ -274,7 +277,11 @@ def find_generation_problems(args: argparse.Namespace, decoding: dict) -> list[s
         problems.append(f"--dtype {args.dtype}: must be auto, float32, bfloat16 or float16")
     if args.measure_latency and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         problems.append("--measure_latency: times one process; start it with `python`")
-    problems += find_folder_problems(args.model_name_or_path)
+    problems += find_folder_problems("--model_name_or_path", args.model_name_or_path)
+    if args.assistant_model_name_or_path is not None:
+        problems += find_folder_problems("--assistant_model_name_or_path", args.assistant_model_name_or_path)
+        if args.deepspeed is not None or decoding.get("num_beams", 1) != 1:
+            problems.append("--assistant_model_name_or_path: not with --deepspeed or --num_beams; leave one out")
     problems += find_zero3_problems(args.deepspeed)
     return problems + find_decoding_problems(decoding)
 
@@ -314,18 +321,16 @@ def find_text_column(columns: list[str], named: str | None) -> str:
     return known
 
 
-def find_folder_problems(name: str) -> list[str]:
+def find_folder_problems(flag: str, name: str) -> list[str]:
     """A model folder that is none, or that has no weights."""
     folder = Path(name)
     if not (folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1):
         return []
     if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
         what = "the folder has no config.json" if folder.is_dir() else "there is no such folder"
-        return [f"--model_name_or_path {name}: {what}; give a model folder or a name on the hub"]
-    if not any(
-        path.suffix in (".safetensors", ".bin") and "training_args" not in path.name for path in folder.iterdir()
-    ):
-        return [f"--model_name_or_path {name}: the folder has no weights (*.safetensors); did the training end?"]
+        return [f"{flag} {name}: {what}; give a model folder or a name on the hub"]
+    if not any(p.suffix in (".safetensors", ".bin") and "training_args" not in p.name for p in folder.iterdir()):
+        return [f"{flag} {name}: the folder has no weights (*.safetensors); did the training end?"]
     return []
 
 
@@ -663,6 +668,18 @@ def place_model(model, model_args):
     return deepspeed.initialize(model=model, config_params=read_zero3_config(model_args))[0].module.eval()
 
 
+def load_assistant(model_args, model):
+    """The drafting model, of the model's own kind, device and dtype; None where none is asked for."""
+    name = model_args.assistant_model_name_or_path
+    if name is None:
+        return None
+    auto = AutoModelForSeq2SeqLM if model.config.is_encoder_decoder else AutoModelForCausalLM
+    try:
+        return auto.from_pretrained(name, dtype=model.dtype, cache_dir=model_args.cache_dir).eval().to(model.device)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--assistant_model_name_or_path {name}: cannot be loaded: {str(error)[:400]}") from None
+
+
 def read_zero3_config(model_args) -> dict:
     """The DeepSpeed file with the precision of --dtype in the place of "auto"."""
     config = json.loads(Path(model_args.deepspeed).read_text(encoding="utf-8"))
@@ -752,6 +769,7 @@ class Generator:
     store: Store | None = None
     synced: bool = False  # under ZeRO-3: all ranks generate together
     counts: Counter = None
+    assistant: torch.nn.Module | None = None
 
     def decode(self, tokens: list[int]) -> str:
         return self.writer.decode(tokens, skip_special_tokens=True).strip()
@@ -770,7 +788,7 @@ def plan_rows(generator: Generator, ids: list[list[int]]) -> list[list[int]]:
     """
     config, is_seq2seq = generator.config, generator.model.config.is_encoder_decoder
     own = can_decode(generator)
-    alone = not own and (config.do_sample or config.prompt_lookup_num_tokens)
+    alone = not own and (config.do_sample or config.prompt_lookup_num_tokens or generator.assistant is not None)
     budget = 1 if alone else generator.data_args.max_tokens_per_batch
     extra = 0 if is_seq2seq else config.max_new_tokens
     reads = not is_seq2seq and any(getattr(config, n, None) not in (None, v) for n, v in READS_PROMPT.items())
@@ -801,9 +819,10 @@ def generate_batch(generator: Generator, prompts: list[list[int]], rows: list[in
         found = dict(model.generate(**inputs, custom_generate=partial(decode_rows, rows=rows, seed=seed)))
         return [found[i] for i in range(len(prompts))]
     torch.manual_seed((seed * 0x9E3779B1 + rows[0]) % 2**32)
-    words = generator.writer if config.stop_strings else None
+    inputs |= {"tokenizer": generator.writer} if config.stop_strings else {}
+    inputs |= {"assistant_model": generator.assistant} if generator.assistant is not None else {}
     with torch.no_grad():
-        outputs = model.generate(**inputs, synced_gpus=generator.synced, tokenizer=words)
+        outputs = model.generate(**inputs, synced_gpus=generator.synced)
     ends = torch.tensor(config.eos_token_id).flatten().tolist()
     new = outputs[:, 1 if is_seq2seq else longest :].tolist()
     return [next((row[: n + 1] for n, token in enumerate(row) if token in ends), row) for row in new]
@@ -821,7 +840,8 @@ def can_decode(generator: Generator) -> bool:
     plain = all(getattr(config, name, None) in (None, value) for name, value in BATCH_BOUND.items())
     ordinary = not hasattr(model, "_reorder_cache") and model._supports_default_dynamic_cache()
     mode = config.get_generation_mode()
-    return not generator.synced and mode in modes and plain and ordinary and config.use_cache is not False
+    free = not generator.synced and generator.assistant is None
+    return free and mode in modes and plain and ordinary and config.use_cache is not False
 
 
 # ------------------------------------------------------------------------------------------------ decoding
@@ -1210,6 +1230,7 @@ def main(argv: list[str] | None = None) -> dict:
     model = place_model(model, model_args)
     texts = read_texts(table, data_args.text_column, prompts.is_chat)
     generator = Generator(model, writer, prompts, config, data_args, synced=alive is not None, counts=Counter())
+    generator.assistant = load_assistant(model_args, model)
     generator.counts["without a text"] = sum(text is None for text in texts)
     share_sources(generator)
 

@@ -136,6 +136,15 @@ def test_a_causal_model_writes_in_batches_what_it_writes_row_by_row(llama, tmp_p
     assert len({len(row) for row in outputs}) > 1
 
 
+def test_an_assistant_model_changes_no_greedy_output(llama, tmp_path):
+    generator = make_generator(llama, tmp_path)
+    texts = [row["instruction"] for row in make_instructions(12, 9)]
+    expected = generate_all(generator, texts)
+    generator.assistant = AutoModelForCausalLM.from_pretrained(llama).eval()
+    assert not script.can_decode(generator)
+    assert generate_all(generator, texts) == expected
+
+
 SAMPLING = {
     "temperature": {"do_sample": True, "temperature": 0.7},
     "top-p": {"do_sample": True, "top_p": 0.8, "top_k": 0},
