@@ -294,7 +294,7 @@ def parse_arguments(argv: list[str], classes: tuple, find_problems):
     because building them already reads the DeepSpeed file and starts the process group.
     """
     parser = HfArgumentParser(classes)
-    argv = list(argv)
+    argv = join_deepspeed_flags(argv)
     replaced = [
         f"{a} is gone in transformers 5: {REPLACED_FLAGS[f]}" for a in argv if (f := a.split("=")[0]) in REPLACED_FLAGS
     ]
@@ -317,6 +317,16 @@ def parse_arguments(argv: list[str], classes: tuple, find_problems):
         return parser.parse_dict(vars(namespace))
     except ValueError as error:  # the trainer's own checks speak of its flags
         raise UsageError(str(error)) from error
+
+
+def join_deepspeed_flags(argv: list[str]) -> list[str]:
+    """`--deepspeed --deepspeed_config PATH`, DeepSpeed's own spelling (and Spark's distributor's), as one flag."""
+    bare = [
+        i for i, flag in enumerate(argv) if flag == "--deepspeed" and "".join(argv[i + 1 : i + 2])[:2] in ("", "--")
+    ]
+    if "--deepspeed_config" in argv:
+        argv = [flag for i, flag in enumerate(argv) if i not in bare]
+    return ["--deepspeed" if flag == "--deepspeed_config" else flag for flag in argv]
 
 
 def take_defaults_from_json(parser: argparse.ArgumentParser, path: str) -> None:

@@ -206,7 +206,7 @@ def parse_generation_arguments(argv: list[str]):
     Everything wrong that can be seen without loading a model is raised as one UsageError.
     """
     parser = make_parser()
-    namespace = parser.parse_args(argv)
+    namespace = parser.parse_args(join_deepspeed_flags(argv))
     names = {name for cls in GENERATION_ARGUMENTS for name in cls.__dataclass_fields__}
     decoding = {name: value for name, value in vars(namespace).items() if name not in names}
     if namespace.use_cpu or not has_accelerator():
@@ -220,6 +220,16 @@ def parse_generation_arguments(argv: list[str]):
     if data_args.max_tokens_per_batch is None:
         data_args.max_tokens_per_batch = 8192 if namespace.use_cpu else 16384
     return model_args, data_args, decoding
+
+
+def join_deepspeed_flags(argv: list[str]) -> list[str]:
+    """`--deepspeed --deepspeed_config PATH`, DeepSpeed's own spelling (and Spark's distributor's), as one flag."""
+    bare = [
+        i for i, flag in enumerate(argv) if flag == "--deepspeed" and "".join(argv[i + 1 : i + 2])[:2] in ("", "--")
+    ]
+    if "--deepspeed_config" in argv:
+        argv = [flag for i, flag in enumerate(argv) if i not in bare]
+    return ["--deepspeed" if flag == "--deepspeed_config" else flag for flag in argv]
 
 
 def has_accelerator() -> bool:
@@ -597,7 +607,7 @@ def load_generator(model_args, data_args, decoding: dict):
         prefix = ((getattr(model.config, "task_specific_params", None) or {}).get("summarization") or {}).get(
             "prefix", ""
         )
-    prompts = Prompts(tokenizer, is_causal, prefix, find_source_limit(model, data_args, config))
+    prompts = Prompts(tokenizer, is_causal, prefix, find_source_limit(model, tokenizer, data_args, config))
     if data_args.group_by is not None and 2 * config.max_new_tokens > prompts.limit // 2:
         raise UsageError(
             f"--max_new_tokens {config.max_new_tokens} with --group_by: summaries are summarised again, so at least "
@@ -641,12 +651,14 @@ def make_generation_config(model, tokenizer, decoding: dict) -> GenerationConfig
     return config
 
 
-def find_source_limit(model, data_args, config) -> int:
+def find_source_limit(model, tokenizer, data_args, config) -> int:
     """Longest prompt in tokens: as asked for and as the model's positions allow, an answer's room left free."""
     positions = getattr(model.config, "max_position_embeddings", None)
     encoder = getattr(model.config, "encoder", None)
     if model.config.is_encoder_decoder and encoder is not None:
         positions = getattr(encoder, "max_position_embeddings", positions)
+        if positions is not None:  # RoBERTa never uses its first two: its tokenizer knows
+            positions = min(positions, tokenizer.model_max_length)
     room = None if positions is None else positions - (0 if model.config.is_encoder_decoder else config.max_new_tokens)
     limit = data_args.max_source_length or min(DEFAULT_MAX_SOURCE_LENGTH, room or DEFAULT_MAX_SOURCE_LENGTH)
     if room is not None and limit > room:

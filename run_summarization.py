@@ -45,9 +45,12 @@ from datasets import load_dataset
 from transformers import (
     Adafactor,
     AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
     DataCollatorForSeq2Seq,
+    EncoderDecoderModel,
     HfArgumentParser,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
@@ -111,6 +114,9 @@ UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\u0e00-\u0eff\u1
 
 SHOWN_SAMPLES = 5
 
+# One model, or the two that a warm start joins.
+MODEL_FLAGS = ("model_name_or_path", "encoder_name_or_path", "decoder_name_or_path")
+
 
 class UsageError(ValueError):
     """What the user can mend: printed as one message without a traceback, exit code 2."""
@@ -123,7 +129,15 @@ class UsageError(ValueError):
 class ModelArguments:
     """Which model, configuration and tokenizer to fine-tune from."""
 
-    model_name_or_path: str = field(metadata={"help": "A folder with a model, or a model's name on the hub."})
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "A model's folder, or its name on the hub."}
+    )
+    encoder_name_or_path: str | None = field(
+        default=None, metadata={"help": "Instead, a warm start: the encoder, a BERT-like model (folder or hub name)."}
+    )
+    decoder_name_or_path: str | None = field(
+        default=None, metadata={"help": "Its decoder, GPT-2- or BERT-like; the cross attention starts random."}
+    )
     config_name: str | None = field(default=None, metadata={"help": "Configuration, if not the model's own."})
     tokenizer_name: str | None = field(default=None, metadata={"help": "Tokenizer, if not the model's own."})
     cache_dir: str | None = field(default=None, metadata={"help": "Where downloads are kept."})
@@ -211,7 +225,7 @@ def parse_arguments(argv: list[str], classes: tuple, find_problems):
     because building them already reads the DeepSpeed file and starts the process group.
     """
     parser = HfArgumentParser(classes)
-    argv = list(argv)
+    argv = join_deepspeed_flags(argv)
     replaced = [
         f"{a} is gone in transformers 5: {REPLACED_FLAGS[f]}" for a in argv if (f := a.split("=")[0]) in REPLACED_FLAGS
     ]
@@ -234,6 +248,16 @@ def parse_arguments(argv: list[str], classes: tuple, find_problems):
         return parser.parse_dict(vars(namespace))
     except ValueError as error:  # the trainer's own checks speak of its flags
         raise UsageError(str(error)) from error
+
+
+def join_deepspeed_flags(argv: list[str]) -> list[str]:
+    """`--deepspeed --deepspeed_config PATH`, DeepSpeed's own spelling (and Spark's distributor's), as one flag."""
+    bare = [
+        i for i, flag in enumerate(argv) if flag == "--deepspeed" and "".join(argv[i + 1 : i + 2])[:2] in ("", "--")
+    ]
+    if "--deepspeed_config" in argv:
+        argv = [flag for i, flag in enumerate(argv) if i not in bare]
+    return ["--deepspeed" if flag == "--deepspeed_config" else flag for flag in argv]
 
 
 def take_defaults_from_json(parser: argparse.ArgumentParser, path: str) -> None:
@@ -412,21 +436,32 @@ def scan_parquet(path: str) -> tuple[list[str], int]:
 
 
 def find_model_problems(args: argparse.Namespace) -> list[str]:
-    """What is wrong with the model folder, and --fp16 with a model that overflows in it."""
-    name = args.model_name_or_path
+    """What is wrong with the model folders, and --fp16 with a model that overflows in it."""
+    flags = tuple(flag for flag in MODEL_FLAGS if getattr(args, flag) is not None)
+    if flags not in (MODEL_FLAGS[:1], MODEL_FLAGS[1:]):
+        given = " and ".join(f"--{flag}" for flag in flags) or "none of them"
+        return [f"give --model_name_or_path, or --encoder_name_or_path and --decoder_name_or_path; this has {given}"]
+    problems = [p for flag in flags for p in find_problems_of_one(flag, getattr(args, flag), args.fp16)]
+    if len(flags) == 2 and args.config_name is not None:
+        problems.append("--config_name: goes with --model_name_or_path; leave it out")
+    return problems
+
+
+def find_problems_of_one(flag: str, name: str, fp16: bool) -> list[str]:
+    """What is wrong with the model `name` that --flag gave."""
     folder = Path(name)
     looks_local = folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
     if looks_local and not (folder / "config.json").is_file():
         what = "the folder has no config.json" if folder.is_dir() else "there is no such folder"
-        return [f"--model_name_or_path {name}: {what}; give a model folder or a name on the hub"]
+        return [f"--{flag} {name}: {what}; give a model folder or a name on the hub"]
     model_type = name.lower()
     if looks_local:
         try:
             model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type", "")
         except ValueError as error:
-            return [f"--model_name_or_path {name}: config.json is not JSON: {error}"]
+            return [f"--{flag} {name}: config.json is not JSON: {error}"]
     is_t5 = model_type in FP16_OVERFLOWS if looks_local else re.search(r"(^|[/_-])(m|um|long|flan-)?t5", model_type)
-    if args.fp16 and is_t5:
+    if fp16 and is_t5:
         return ["--fp16: T5 overflows in fp16 and the loss turns NaN; use --bf16"]
     return []
 
@@ -637,26 +672,40 @@ def find_unusable_rows(texts: list, summaries: list) -> list[int]:
     return [i for i, pair in pairs if not all(value is not None and str(value).strip() for value in pair)]
 
 
-def tokenize_rows(rows: dict, tokenizer, text_column: str, summary_column: str, prefix: str, limits: dict) -> dict:
+def tokenize_rows(
+    rows: dict, tokenizer, text_column: str, summary_column: str, prefix: str, limits: dict, writer=None
+) -> dict:
     """
     Tokenise a batch of rows: `input_ids`, `attention_mask` and `labels`, lists of ints, cut to `limits`.
 
     Also `source_cut` and `target_cut`, whether a row lost tokens. limits: max_source_length, max_target_length (in
-    tokens), pad_to_max_length, ignore_pad_token_for_loss.
+    tokens), pad_to_max_length, ignore_pad_token_for_loss. writer: tokenizer of a warm-started decoder's targets.
     """
     padding = "max_length" if limits["pad_to_max_length"] else False
     sources = [prefix + str(text) for text in rows[text_column]]
     targets = [str(text) for text in rows[summary_column]]
     features = tokenizer(sources, max_length=limits["max_source_length"], truncation=True, padding=padding)
-    labels = tokenizer(text_target=targets, max_length=limits["max_target_length"], truncation=True, padding=padding)
-    result = {"input_ids": features["input_ids"], "attention_mask": features["attention_mask"]}
-    result["labels"] = labels["input_ids"]
-    if padding and limits["ignore_pad_token_for_loss"]:
-        pad = tokenizer.pad_token_id
-        result["labels"] = [[token if token != pad else -100 for token in row] for row in labels["input_ids"]]
+    labels, target_cut = tokenize_targets(targets, tokenizer, writer, limits["max_target_length"])
+    if padding:
+        pad = -100 if limits["ignore_pad_token_for_loss"] else (writer or tokenizer).pad_token_id
+        labels = [row + [pad] * (limits["max_target_length"] - len(row)) for row in labels]
+    result = {"input_ids": features["input_ids"], "attention_mask": features["attention_mask"], "labels": labels}
     result["source_cut"] = find_cut(result["input_ids"], limits["max_source_length"], sources, tokenizer, "text")
-    result["target_cut"] = find_cut(result["labels"], limits["max_target_length"], targets, tokenizer, "text_target")
-    return result
+    return result | {"target_cut": target_cut}
+
+
+def tokenize_targets(texts: list[str], tokenizer, writer, limit: int) -> tuple[list[list[int]], list[bool]]:
+    """
+    Labels of at most `limit` tokens, and whether a row lost some: what the model's tokenizer makes of a target.
+
+    A warm-started decoder's (`writer`) was made for inputs: BERT's puts CLS in front, which the decoder is given as
+    its start, and GPT-2's no end behind. So labels are the bare tokens and one end token.
+    """
+    if writer is None:
+        labels = tokenizer(text_target=texts, max_length=limit, truncation=True)["input_ids"]
+        return labels, find_cut(labels, limit, texts, tokenizer, "text_target")
+    whole = writer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    return [row[: limit - 1] + [writer.eos_token_id] for row in whole], [len(row) >= limit for row in whole]
 
 
 def find_cut(ids: list[list[int]], limit: int, texts: list[str], tokenizer, argument: str) -> list[bool]:
@@ -667,7 +716,7 @@ def find_cut(ids: list[list[int]], limit: int, texts: list[str], tokenizer, argu
     return [i in cut for i in range(len(ids))]
 
 
-def prepare_split(raw, split: str, max_samples: int | None, tokenizer, data_args, training_args):
+def prepare_split(raw, split: str, max_samples: int | None, tokenizer, writer, data_args, training_args):
     """
     Tokenise one split and say what was kept, cut and left out. Returns (raw rows kept, tokenised rows).
 
@@ -691,6 +740,7 @@ def prepare_split(raw, split: str, max_samples: int | None, tokenizer, data_args
         "ignore_pad_token_for_loss": data_args.ignore_pad_token_for_loss,
     }
     settings = {"tokenizer": tokenizer, "prefix": data_args.source_prefix or "", "limits": limits}
+    settings["writer"] = None if writer is tokenizer else writer
     with training_args.main_process_first(desc=f"tokenising {split}"):
         tokenized = kept.map(
             tokenize_rows,
@@ -722,35 +772,91 @@ def report_split(split: str, rows, tokenized, bad: list[int]) -> None:
 
 
 def load_model(model_args, data_args, training_args):
-    """Tokenizer and model, from a folder or the hub, with the generation settings that evaluation uses set in it."""
+    """
+    (tokenizer of the sources, tokenizer of the targets, model), with evaluation's generation settings in the model.
+
+    The tokenizers are one object but for a warm-started model.
+    """
+    named = " ".join(f"--{flag} {getattr(model_args, flag)}" for flag in MODEL_FLAGS if getattr(model_args, flag))
+    try:
+        tokenizer, writer, model = load_parts(model_args)
+    except OSError as error:
+        raise UsageError(f"{named}: cannot be loaded: {error}") from None
+    except ValueError as error:
+        if "Unrecognized" in str(error) or "is not prepared" in str(error):
+            raise UsageError(f"{named}: is no encoder-decoder: {str(error)[:200]}") from None
+        raise
+    halves = [(model, tokenizer)] if writer is tokenizer else [(model.encoder, tokenizer), (model.decoder, writer)]
+    for half, known in halves:
+        if len(known) > half.get_input_embeddings().num_embeddings:
+            logger.warning("the tokenizer has more tokens than the model: the embeddings grow to %d", len(known))
+            half.resize_token_embeddings(len(known))
+    set_generation_defaults(model, writer, data_args, training_args)
+    resize_positions(model, model_args, data_args)
+    if writer is not tokenizer:
+        check_positions(*halves, data_args, training_args)
+    return tokenizer, writer, model
+
+
+def load_parts(model_args):
+    """Tokenizers and model as they are, from a folder or the hub, or joined from two."""
     hub = {
         "cache_dir": model_args.cache_dir,
         "revision": model_args.model_revision,
         "token": model_args.token,
         "trust_remote_code": model_args.trust_remote_code,
     }
-    name = model_args.model_name_or_path
-    try:
-        config = AutoConfig.from_pretrained(model_args.config_name or name, **hub)
-        tokenizer = AutoTokenizer.from_pretrained(
-            model_args.tokenizer_name or name, use_fast=model_args.use_fast_tokenizer, **hub
-        )
-        # fp32 here: transformers 5 would keep a bf16 file in bf16, where small updates are lost unless they are
-        # rounded stochastically. Under DeepSpeed the bf16 copy is made from these weights.
-        dtype = torch.bfloat16 if model_args.pure_bf16 else torch.float32
-        model = AutoModelForSeq2SeqLM.from_pretrained(name, config=config, dtype=dtype, **hub)
-    except OSError as error:
-        raise UsageError(f"--model_name_or_path {name}: cannot be loaded: {error}") from None
-    except ValueError as error:
-        if "Unrecognized" in str(error):
-            raise UsageError(f"--model_name_or_path {name}: is no encoder-decoder: {str(error)[:200]}") from None
-        raise
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        logger.warning("the tokenizer has more tokens than the model: the embeddings grow to %d", len(tokenizer))
-        model.resize_token_embeddings(len(tokenizer))
-    set_generation_defaults(model, tokenizer, data_args, training_args)
-    resize_positions(model, model_args, data_args)
-    return tokenizer, model
+    whole, encoder, decoder = (getattr(model_args, flag) for flag in MODEL_FLAGS)
+    fast = {"use_fast": model_args.use_fast_tokenizer, **hub}
+    tokenizer = AutoTokenizer.from_pretrained(model_args.tokenizer_name or whole or encoder, **fast)
+    config = AutoConfig.from_pretrained(model_args.config_name or whole or decoder, **hub)
+    # fp32 here: transformers 5 would keep a bf16 file in bf16, where small updates are lost unless they are
+    # rounded stochastically. Under DeepSpeed the bf16 copy is made from these weights.
+    dtype = torch.bfloat16 if model_args.pure_bf16 else torch.float32
+    if whole:
+        model = AutoModelForSeq2SeqLM.from_pretrained(whole, config=config, dtype=dtype, **hub)
+    else:
+        reader = AutoModel.from_pretrained(encoder, dtype=dtype, **hub)
+        if reader.config.is_encoder_decoder:
+            raise UsageError(f"--encoder_name_or_path {encoder}: is an encoder-decoder; use --model_name_or_path")
+        config.is_decoder = config.add_cross_attention = True  # from_pretrained makes what the decoder lacks
+        speaker = AutoModelForCausalLM.from_pretrained(decoder, config=config, dtype=dtype, **hub)
+        model = EncoderDecoderModel(encoder=reader, decoder=speaker).to(dtype)
+        model.config._name_or_path = encoder  # the model card has room for one name
+    if model.config.model_type != "encoder-decoder":
+        return tokenizer, tokenizer, model
+    saved = Path(whole or "") / "decoder_tokenizer"
+    writer = AutoTokenizer.from_pretrained(decoder or (saved if saved.is_dir() else whole), **fast)
+    set_up_pair(model, tokenizer, writer)
+    return tokenizer, writer, model
+
+
+def set_up_pair(model, tokenizer, writer) -> None:
+    """Give an encoder and a decoder that never met the special tokens and the size that other models have."""
+    for half in (tokenizer, writer):  # BERT's ends are named CLS and SEP, GPT-2 has no padding
+        half.bos_token = half.bos_token or half.cls_token
+        half.eos_token = half.eos_token or half.sep_token
+        half.pad_token = half.pad_token or half.eos_token
+    for settings in (model.config, model.config.decoder, model.generation_config):
+        settings.decoder_start_token_id = settings.bos_token_id = writer.bos_token_id
+        settings.eos_token_id, settings.pad_token_id = writer.eos_token_id, writer.pad_token_id
+    model.config.hidden_size = model.config.decoder.hidden_size  # "auto" in a ZeRO-3 file is counted from it
+    if getattr(model.encoder, "pooler", None) is not None:
+        model.encoder.pooler.requires_grad_(False)  # nothing reads it, and DDP would wait for its gradient
+
+
+def check_positions(encoder: tuple, decoder: tuple, data_args, training_args) -> None:
+    """Raises UsageError where a length exceeds the positions of a half, given as (model, tokenizer)."""
+    for what, (half, known), flag, length in (
+        ("encoder", encoder, "max_source_length", data_args.max_source_length),
+        ("decoder", decoder, "max_target_length", data_args.max_target_length),
+        ("decoder", decoder, "val_max_target_length", data_args.val_max_target_length),
+        ("decoder", decoder, "generation_max_length", training_args.generation_max_length),
+    ):
+        # RoBERTa's first positions are never used: its tokenizer knows how many are left.
+        limit = min(getattr(half.config, "max_position_embeddings", length), known.model_max_length)
+        if length > limit:
+            raise UsageError(f"--{flag} {length}: the {what} has positions for {limit} tokens; give --{flag} {limit}")
 
 
 def set_generation_defaults(model, tokenizer, data_args, training_args) -> None:
@@ -876,7 +982,7 @@ class SummarizationTrainer(TokenMeanTrainer):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None, **gen_kwargs):
         """Returns (token-mean loss of the batch, generated ids or None, labels or None), all on this rank."""
         inputs = self._prepare_inputs(inputs)
-        labels = inputs["labels"]
+        labels = inputs.pop("labels")
         with torch.no_grad(), self.compute_loss_context_manager():
             logits = model(**inputs).logits
         # One row each, so that gather_for_metrics can take the rows away that only fill the last batch.
@@ -887,9 +993,18 @@ class SummarizationTrainer(TokenMeanTrainer):
         loss = sums[:, 0].sum() / sums[:, 1].sum().clamp(min=1)
         if prediction_loss_only or not self.args.predict_with_generate:
             return loss, None, None
-        prompt = {k: v for k, v in inputs.items() if k not in ("labels", "decoder_input_ids")}
+        prompt = {k: v for k, v in inputs.items() if k != "decoder_input_ids"}
         generated = self.model.generate(**prompt, synced_gpus=is_deepspeed_zero3_enabled(), **gen_kwargs)
         return loss, generated, labels
+
+    def _save(self, output_dir=None, state_dict=None):
+        """The stock one with the sources' tokenizer; a warm-started decoder's goes into decoder_tokenizer/."""
+        writer, reader = self.processing_class, self.data_collator.tokenizer
+        self.processing_class = reader
+        super()._save(output_dir, state_dict)
+        self.processing_class = writer
+        if writer is not reader and self.args.should_save:
+            writer.save_pretrained(Path(output_dir or self.args.output_dir) / "decoder_tokenizer")
 
 
 def token_loss_sum(logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
@@ -1153,7 +1268,7 @@ def main(argv: list[str] | None = None) -> dict:
 
     # Tokenizer, model and data
     raw = load_raw_datasets(data_args, model_args)
-    tokenizer, model = load_model(model_args, data_args, training_args)
+    tokenizer, writer, model = load_model(model_args, data_args, training_args)
     splits = {}
     for wanted, split, limit in (
         (training_args.do_train, "train", data_args.max_train_samples),
@@ -1161,7 +1276,7 @@ def main(argv: list[str] | None = None) -> dict:
         (training_args.do_predict, "test", data_args.max_predict_samples),
     ):
         if wanted:
-            splits[split] = prepare_split(raw, split, limit, tokenizer, data_args, training_args)
+            splits[split] = prepare_split(raw, split, limit, tokenizer, writer, data_args, training_args)
 
     # Trainer
     trainer = SummarizationTrainer(
@@ -1169,14 +1284,14 @@ def main(argv: list[str] | None = None) -> dict:
         args=training_args,
         train_dataset=FilledRows(splits["train"][1], tokenizer.eos_token_id) if "train" in splits else None,
         eval_dataset=splits["validation"][1] if "validation" in splits else None,
-        processing_class=tokenizer,
+        processing_class=writer,  # the trainer sets the model's start, end and padding by it
         data_collator=DataCollatorForSeq2Seq(
             tokenizer,
             model=model,
-            label_pad_token_id=-100 if data_args.ignore_pad_token_for_loss else tokenizer.pad_token_id,
+            label_pad_token_id=-100 if data_args.ignore_pad_token_for_loss else writer.pad_token_id,
             pad_to_multiple_of=8 if training_args.bf16 or training_args.fp16 or model_args.pure_bf16 else None,
         ),
-        compute_metrics=make_metrics(tokenizer, data_args.rouge_language)
+        compute_metrics=make_metrics(writer, data_args.rouge_language)
         if training_args.predict_with_generate
         else None,
         compute_loss_func=make_loss(training_args.label_smoothing_factor),

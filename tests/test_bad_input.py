@@ -174,3 +174,10 @@ def test_an_argument_file_works_and_its_unknown_keys_are_named(work, tmp_path):
         script.parse_arguments(
             [str(tmp_path / "args.json")], script.SUMMARIZATION_ARGUMENTS, script.find_argument_problems
         )
+
+
+def test_deepspeeds_own_spelling_of_its_file_is_understood():
+    join = script.join_deepspeed_flags
+    assert join(["--a", "1", "--deepspeed", "--deepspeed_config", "z.json"]) == ["--a", "1", "--deepspeed", "z.json"]
+    assert join(["--deepspeed_config", "z.json", "--a", "1", "--deepspeed"]) == ["--deepspeed", "z.json", "--a", "1"]
+    assert join(["--deepspeed", "z.json", "--a"]) == ["--deepspeed", "z.json", "--a"]
