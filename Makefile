@@ -22,7 +22,7 @@ COMMON = --do_train --do_eval --train_file $(TRAIN_FILE) --validation_file $(VAL
 	--source_prefix $(PREFIX) --optim adafactor --bf16 --predict_with_generate \
 	--max_source_length 256 --max_target_length 64
 
-.PHONY: demo demo-instruct test test-slow test-launchers test-gpu bench-adafactor bench-gpu quality style prep-reviews prep-instruct fix-copies generate summarize-products bench-generation train-t5-small train-t5-large train-t5-11b train-llama2-7b train-llama3-8b clean
+.PHONY: demo demo-instruct test test-slow test-launchers test-gpu bench-adafactor bench-gpu quality style prep-reviews prep-instruct fix-copies generate summarize-products serve bench-generation train-t5-small train-t5-large train-t5-11b train-llama2-7b train-llama3-8b clean
 
 $(VENV)/.core: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -112,6 +112,14 @@ generate: $(VENV)/.core
 summarize-products: $(VENV)/.core
 	$(BIN)/python run_generation.py --model_name_or_path $(or $(MODEL),$(OUT)/t5-small) --input_file $(TABLE) \
 		--output_file $(PRODUCTS) --group_by product_id --min_group_size 10 --num_beams 4 --max_new_tokens 24 $(EXTRA)
+
+# Log MODEL (a training run's folder) to MLflow and serve it on loopback; without MODEL serve what was logged last.
+SERVED ?= plaintune
+PORT ?= 5001
+serve: $(VENV)/.launchers
+	$(if $(MODEL),MLFLOW_TRACKING_URI=$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db} $(BIN)/python launchers/mlflow_model.py --model_dir $(MODEL) --registered_model_name $(SERVED) --port $(PORT))
+	MLFLOW_TRACKING_URI=$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db} PATH="$(CURDIR)/$(BIN):$$PATH" \
+		mlflow models serve --env-manager local -h 127.0.0.1 -p $(PORT) -m models:/$(SERVED)/latest
 
 bench-generation: $(VENV)/.core
 	$(BIN)/python benchmarks/generation_speed.py

@@ -660,6 +660,8 @@ def find_source_limit(model, tokenizer, data_args, config) -> int:
         if positions is not None:  # RoBERTa never uses its first two: its tokenizer knows
             positions = min(positions, tokenizer.model_max_length)
     room = None if positions is None else positions - (0 if model.config.is_encoder_decoder else config.max_new_tokens)
+    if room is not None and room < 1:
+        raise UsageError(f"--max_new_tokens {config.max_new_tokens}: the model has {positions} positions in all")
     limit = data_args.max_source_length or min(DEFAULT_MAX_SOURCE_LENGTH, room or DEFAULT_MAX_SOURCE_LENGTH)
     if room is not None and limit > room:
         raise UsageError(

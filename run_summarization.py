@@ -26,6 +26,7 @@ A smoke run on the CPU, under a minute (no flag says CPU: where there is no acce
 import argparse
 import atexit
 import csv
+import importlib.util
 import json
 import logging
 import os
@@ -111,6 +112,9 @@ DEEPSPEED_TWINS = (
 
 # Letters that are written without spaces between words: kana, CJK ideographs, Thai, Lao, Khmer, Burmese.
 UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\u0e00-\u0eff\u1780-\u17ff\u1000-\u109f"
+
+# What --report_to needs, the first name being what to install.
+TRACKERS = {"mlflow": ("mlflow",), "tensorboard": ("tensorboardX", "tensorboard")}
 
 SHOWN_SAMPLES = 5
 
@@ -329,6 +333,7 @@ def find_argument_problems(args: argparse.Namespace) -> list[str]:
     problems += find_model_problems(args)
     problems += find_deepspeed_problems(args)
     problems += find_optimizer_problems(args)
+    problems += find_tracking_problems(args)
     if args.output_dir is not None:
         problems += find_output_problems(args)
     return problems
@@ -532,6 +537,23 @@ def find_optimizer_problems(args: argparse.Namespace) -> list[str]:
             )
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             problems.append(f"{needs}: works in one process only; start it with `python`")
+    return problems
+
+
+def find_tracking_problems(args: argparse.Namespace) -> list[str]:
+    """A tracker that is not installed, and a folder as MLflow's address."""
+    names = [args.report_to] if isinstance(args.report_to, str) else args.report_to or []
+    problems = [
+        f"--report_to {name}: {packages[0]} is not installed; `pip install {packages[0]}`, or leave the flag out"
+        for name, packages in TRACKERS.items()
+        if name in names and not any(importlib.util.find_spec(package) for package in packages)
+    ]
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    if "mlflow" in names and uri.startswith(("file:", "/", ".")) and not os.environ.get("MLFLOW_ALLOW_FILE_STORE"):
+        problems.append(
+            f"MLFLOW_TRACKING_URI={uri}: MLflow 3 no longer writes into a folder; give sqlite:///mlflow.db, "
+            "a server's URL, or leave it out"
+        )
     return problems
 
 
@@ -1253,6 +1275,52 @@ def write_reports(trainer, model_args, data_args, training_args, task: str) -> N
         trainer.create_model_card(**card)
 
 
+# ------------------------------------------------------------------------------------------------ tracking
+
+
+def start_tracking(trainer, model_args, data_args) -> None:
+    """
+    With --report_to mlflow, begin the one run of training, evaluation and prediction; on the first rank only.
+
+    The trainer's callback ends the run it starts itself when training ends, and what is evaluated later would begin a
+    second one (transformers 5.23). A run it finds it goes on with and leaves open, for end_tracking.
+    """
+    args = trainer.args
+    if "mlflow" not in args.report_to or not trainer.is_world_process_zero():
+        return
+    import mlflow
+
+    if not mlflow.is_tracking_uri_set():
+        mlflow.set_tracking_uri("sqlite:///mlflow.db")
+    run = mlflow.active_run() or mlflow.start_run(run_name=args.run_name)
+    atexit.register(mlflow.end_run, "FAILED")  # of a run that end_tracking has ended it does nothing
+    # The callback logs the trainer's flags and the model's configuration, which may have a name of ours. Asynchronous
+    # as there: a run that is gone on with (MLFLOW_RUN_ID) keeps its first values, and no error is raised.
+    given = {k: v for part in (model_args, data_args) for k, v in vars(part).items() if k != "token"}
+    given = {f"flag.{k}" if hasattr(trainer.model.config, k) else k: v for k, v in given.items()}
+    mlflow.log_params(given, synchronous=False)
+    if isinstance(args.deepspeed, str):
+        mlflow.log_artifact(args.deepspeed)
+    print(f"MLflow run {run.info.run_name} ({run.info.run_id}) in {mlflow.get_tracking_uri()}", flush=True)
+
+
+def end_tracking(trainer) -> None:
+    """End the MLflow run with the results' files in it, the generated texts as a table too; on the first rank only."""
+    if "mlflow" not in trainer.args.report_to or not trainer.is_world_process_zero():
+        return
+    import mlflow
+
+    folder = Path(trainer.args.output_dir)
+    for name in ("all_results.json", "training_curves.png", "generated_predictions.jsonl"):
+        if (folder / name).is_file():
+            mlflow.log_artifact(folder / name)
+    if (folder / "generated_predictions.jsonl").is_file():
+        rows = [json.loads(row) for _, row in decode_lines(folder / "generated_predictions.jsonl")]
+        mlflow.log_table({name: [row[name] for row in rows] for name in rows[0]}, "generated_predictions.json")
+    mlflow.flush_async_logging()
+    mlflow.end_run()
+
+
 # ------------------------------------------------------------------------------------------------ main
 
 
@@ -1296,6 +1364,7 @@ def main(argv: list[str] | None = None) -> dict:
         else None,
         compute_loss_func=make_loss(training_args.label_smoothing_factor),
     )
+    start_tracking(trainer, model_args, data_args)
 
     # Train
     if training_args.do_train:
@@ -1325,6 +1394,7 @@ def main(argv: list[str] | None = None) -> dict:
                 )
     trainer.save_state()
     write_reports(trainer, model_args, data_args, training_args, "summarization")
+    end_tracking(trainer)
     results = Path(training_args.output_dir) / "all_results.json"
     return json.loads(results.read_text()) if trainer.is_world_process_zero() else {}
 

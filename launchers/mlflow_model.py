@@ -36,6 +36,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # run_generation.py; in a logged model it is found before
 import datasets
+import jinja2
 import pandas as pd
 from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import logging as transformers_logging
@@ -96,7 +97,7 @@ class TunedModel(mlflow.pyfunc.PythonModel if mlflow else object):
             texts = read_prompts(model_input, self.generator.prompts.is_chat)
             with self.lock:
                 predictions = generate(self.generator, texts, params or {})
-        except rg.UsageError as error:  # the server answers 400
+        except (rg.UsageError, jinja2.TemplateError) as error:  # the server answers 400
             raise mlflow.MlflowException.invalid_parameter_value(str(error)) from None
         return pd.DataFrame({"prediction": predictions})
 
@@ -108,18 +109,22 @@ def read_prompts(table: pd.DataFrame, is_chat: bool) -> list:
         raise rg.UsageError(
             f"no column of {', '.join(PROMPT_COLUMNS)}; there are {', '.join(map(str, table.columns))}"
         )
-    rows = [{str(k): plain(v) for k, v in row.items()} for row in table.to_dict("records")]
-    names = [name for name in (*columns, "context", "input") if name in table]
+    names = [name for name in (*columns, "context") if name in table]
+    rows = table[names]
+    if len(rows) == 1:  # {"text": ["a", "b"]} comes as one row (mlflow 3.17)
+        lists = [name for name in names if name != "messages" and not isinstance(rows[name].iloc[0], str | None)]
+        rows = rows.explode(lists) if lists else rows
+    rows = [{name: plain(cell) for name, cell in row.items()} for row in rows.to_dict("records")]
     plain_table = datasets.Dataset.from_dict({name: [row[name] for row in rows] for name in names})
     found = [rg.read_texts(plain_table, name, is_chat) for name in columns]
     return [next((text for text in texts if text is not None), None) for texts in zip(*found, strict=True)]
 
 
 def plain(value):
-    """A cell as Python has it: NaN is None, an array (pandas, numpy) a list."""
-    if value is None or isinstance(value, float) and value != value:
-        return None
-    return [dict(part) for part in value] if not isinstance(value, str) else value
+    """A cell as Python has it: NaN is None, an array of messages a list."""
+    if pd.api.types.is_scalar(value):
+        return None if pd.isna(value) else value
+    return [dict(part) for part in value]
 
 
 def generate(generator, texts: list, params: dict) -> list[str]:

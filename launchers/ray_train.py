@@ -43,10 +43,12 @@ try:
 except ModuleNotFoundError as missing:
     if (missing.name or "").partition(".")[0] != "ray":
         raise
-    print("error: ray is not installed here: pip install -r requirements-launchers.txt (`ray[train,data]`)")
+    print("error: ray is not installed here: pip install -r requirements-launchers.txt", file=sys.stderr)
     sys.exit(2)
 
-# What goes along to a cluster's workers, which do not inherit it: variables that the script's libraries read.
+# What goes along to a cluster's workers, which do not inherit it: variables that the script's libraries read. No
+# secrets (HF_TOKEN, WANDB_API_KEY): Ray shows them to everybody on the cluster; log in on the workers' home instead.
+SECRET = r"TOKEN$|KEY|SECRET|PASSWORD"
 PASSED_ON = r"(HF|TRANSFORMERS|DATASETS|TOKENIZERS|NCCL|GLOO|DS|MLFLOW|TENSORBOARD|WANDB|OMP)_\w+|CUDA_HOME"
 
 
@@ -125,7 +127,7 @@ def connect(address: str, seconds: int) -> None:
     watch = threading.Timer(seconds, give_up)
     watch.daemon = True
     watch.start()
-    variables = {k: v for k, v in os.environ.items() if re.fullmatch(PASSED_ON, k)}
+    variables = {k: v for k, v in os.environ.items() if re.fullmatch(PASSED_ON, k) and not re.search(SECRET, k)}
     options = {} if address == "local" else {"runtime_env": {"env_vars": variables}}
     try:
         ray.init(address=address, logging_level="warning", **options)

@@ -181,9 +181,9 @@ def load_once(frozen: str):
     flags = json.loads(frozen)
     take_gpu()
     values = flags["values"]
-    problems = script.find_folder_problems(values["model_name_or_path"])
-    if problems:
-        raise UsageError(f"on the worker {os.uname().nodename}: {problems[0]}")
+    name = values["model_name_or_path"]
+    if os.path.isabs(name) and not os.path.isdir(name):
+        raise UsageError(f"--model_name_or_path {name}: the worker {os.uname().nodename} does not see this folder")
     values["use_cpu"] = values["use_cpu"] or not script.has_accelerator()
     if values["max_tokens_per_batch"] is None:
         values["max_tokens_per_batch"] = 8192 if values["use_cpu"] else 16384

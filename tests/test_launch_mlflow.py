@@ -217,6 +217,7 @@ def test_a_run_that_fails_is_marked_as_failed_at_exit(tmp_path, monkeypatch):
     trainer = SimpleNamespace(args=args, model=model, is_world_process_zero=lambda: True)
     own = SimpleNamespace(num_beams=2, train_file="a.csv", token="hf_secret")
     run_summarization.start_tracking(trainer, own, SimpleNamespace())
+    mlflow.flush_async_logging()
     for function, *values in at_exit:
         if function is mlflow.end_run:
             function(*values)

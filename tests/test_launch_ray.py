@@ -17,9 +17,7 @@ import pytest
 from conftest import ROOT, run
 
 pytestmark = [pytest.mark.launchers, pytest.mark.timeout(600)]
-SCRIPT, TRAIN, GENERATE = (
-    ROOT / name for name in ("run_summarization.py", "launchers/ray_train.py", "launchers/ray_generate.py")
-)
+SCRIPT, TRAIN = ROOT / "run_summarization.py", ROOT / "launchers/ray_train.py"
 SIX_STEPS = ["--do_train", "--max_steps", "6", "--save_steps", "3", "--logging_steps", "1", "--optim", "sgd"]
 SIX_STEPS += ["--learning_rate", "1e-3", "--source_prefix", "summarize: "]
 
@@ -87,6 +85,20 @@ def cluster():
                 ray.wait(5)
 
 
+@pytest.fixture(scope="module")
+def launchers(cluster):
+    """Both launchers as modules, whose main() ends by leaving the cluster."""
+    sys.path.insert(0, str(ROOT / "launchers"))
+    import ray
+    import ray_generate
+    import ray_train
+
+    for module in (ray_train, ray_generate):
+        ray.cloudpickle.register_pickle_by_value(module)  # as a file that is run would be
+    yield {"train": ray_train, "generate": ray_generate}
+    sys.path.remove(str(ROOT / "launchers"))
+
+
 # ------------------------------------------------------------------------------------------------ training
 
 
@@ -134,14 +146,26 @@ def test_deepspeed_ends_when_a_rank_is_killed_and_the_same_command_goes_on(work,
 # ------------------------------------------------------------------------------------------------ generating
 
 
-def test_generation_over_two_actors_writes_the_table_of_run_generation(work, alone, cluster):
+def test_generation_over_two_actors_writes_the_table_of_run_generation(
+    work, alone, cluster, launchers, monkeypatch, capfd
+):
+    import ray
+
+    import run_generation
+
     rows = (work / "many.csv").read_text().splitlines()[:80]
     (work / "gaps.csv").write_text("\n".join([*rows, '" ",nothing to read,P0']) + "\n")
-    command = [ROOT / "run_generation.py", "--model_name_or_path", alone, "--input_file", "gaps.csv", "--num_beams"]
-    command += ["2", "--max_new_tokens", "8", "--max_source_length", "24", "--source_prefix", "summarize: "]
-    one = run([sys.executable, *command, "--output_file", "one.csv"], cwd=work).stdout
-    ray = [sys.executable, GENERATE, "--address", cluster, "--num_workers", "2"]
-    two = run([*ray, *command, "--output_file", "two.csv"], cwd=work).stdout
+    monkeypatch.chdir(work)
+    command = ["--model_name_or_path", str(alone), "--input_file", "gaps.csv", "--num_beams", "2", "--max_new_tokens"]
+    command += ["8", "--max_source_length", "24", "--source_prefix", "summarize: "]
+    run_generation.main([*command, "--output_file", "one.csv"])
+    one = capfd.readouterr().out
+    argv = ["--address", cluster, "--num_workers", "2", str(ROOT / "run_generation.py"), *command]
+    try:
+        assert launchers["generate"].main([*argv, "--output_file", "two.csv"]) == 0
+    finally:
+        ray.shutdown()
+    two = capfd.readouterr().out
     assert (work / "two.csv").read_bytes() == (work / "one.csv").read_bytes()
     for count in ("cut", "without a text", "written"):
         pattern = rf"^{count} +(\d+)$"
@@ -150,20 +174,6 @@ def test_generation_over_two_actors_writes_the_table_of_run_generation(work, alo
 
 
 # ------------------------------------------------------------------------------------------------ clear errors
-
-
-@pytest.fixture(scope="module")
-def launchers(cluster):
-    """Both launchers as modules, whose main() ends by leaving the cluster."""
-    sys.path.insert(0, str(ROOT / "launchers"))
-    import ray
-    import ray_generate
-    import ray_train
-
-    for module in (ray_train, ray_generate):
-        ray.cloudpickle.register_pickle_by_value(module)  # as a file that is run would be
-    yield {"train": ray_train, "generate": ray_generate}
-    sys.path.remove(str(ROOT / "launchers"))
 
 
 @pytest.mark.parametrize(
