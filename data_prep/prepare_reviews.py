@@ -22,6 +22,16 @@ Any other table:
 
     python data_prep/prepare_reviews.py --input_file mine.csv --output_dir data/mine \
         --body_column comment --headline_column title --product_column sku
+
+Cleaned on a Spark cluster, written as Parquet; the rows are those of the other engines, in the same order:
+
+    python data_prep/prepare_reviews.py --input_file /nfs/Electronics.jsonl.gz /nfs/Appliances.jsonl.gz \
+        --output_dir data/reviews --engine spark --engine_address spark://head:7077 --output_format parquet
+
+Cleaning is what takes the time, and each row's is its own: an engine spreads that over its workers. Spark reads there
+as well, a task a file, so that its workers must see the files; with Ray this process reads. Duplicates, sample and
+split are decided here, on the cleaned and cut rows, by the same code, whatever the engine. On one machine the default
+is the fastest by far: Spark takes longer to start than polars for 500,000 rows.
 """
 
 import argparse
@@ -29,13 +39,17 @@ import csv
 import gzip
 import hashlib
 import html
+import importlib.util
+import io
 import itertools
 import json
 import os
+import shutil
 import sys
 import time
+import warnings
 import zlib
-from collections import Counter
+from collections import Counter, deque
 from html.entities import html5
 from pathlib import Path
 
@@ -45,7 +59,8 @@ import polars as pl
 # Constants
 
 OUTPUT_COLUMNS = ["review_body", "review_headline", "product_id"]
-OUTPUT_NAMES = ("train.csv", "validation.csv")
+OUTPUT_STEMS = ("train", "validation")
+OUTPUT_FORMATS = ("csv", "parquet")
 KNOWN_ENDINGS = (".tsv", ".csv", ".jsonl", ".parquet")
 COLUMN_FLAGS = ("--body_column", "--headline_column", "--product_column")
 # Body, headline and product column of the layouts known by their columns.
@@ -55,6 +70,12 @@ LAYOUTS = (
 )
 BATCH_ROWS = 100_000  # raw text held at a time; what is kept of a batch is already cleaned and cut
 KEYS_FROM_LINES = 100  # a JSON object may leave a key out, so the columns are those of the first 100 together
+# Of another engine than polars: the library, and the rows that are sent to a worker at a time.
+ENGINES = {"spark": "pyspark", "ray": "ray"}
+SENT_ROWS = 10_000
+PLACE_STEP = 2**32  # batches of a file are numbered from its number times this
+READ = "place long, packed binary, faults string, num_faults long, error string"
+CLEANED = "place long, packed binary, counts string, faults string, error string"
 NAMED_ROWS = 5  # rows that could not be parsed which are named; all of them are counted
 
 # Only real tag names: people write "<3", "<sarcasm>" and "a < b", and that is text. Inline tags may stand inside a
@@ -110,7 +131,10 @@ def parse_args(argv=None):
     )
     add = parser.add_argument
     add("--input_file", nargs="+", required=True, help=f"Files of {', '.join(KNOWN_ENDINGS)}; text ones also .gz.")
-    add("--output_dir", required=True, help="Folder for train.csv and validation.csv; neither may exist yet.")
+    add("--output_dir", required=True, help="Folder for train and validation; neither may exist yet.")
+    add("--output_format", choices=OUTPUT_FORMATS, default="csv", help="train.csv or train.parquet, and so on.")
+    add("--engine", choices=("polars", *ENGINES), default="polars", help="Where rows are cleaned; the rows are equal.")
+    add("--engine_address", default=None, help="Of the cluster: spark://host:port, or Ray's. None: this machine.")
     add("--body_column", default=None, help="Column with the text to summarize. None: recognised from the columns.")
     add("--headline_column", default=None, help="Column with the summary. None: recognised from the columns.")
     add("--product_column", default=None, help="Column with the product's id. None: recognised from the columns.")
@@ -136,13 +160,32 @@ def check_args(args):
     wanted = Counter(name for name in (args.body_column, args.headline_column, args.product_column) if name)
     for name in (name for name, count in wanted.items() if count > 1):
         problems.append(f"{', '.join(COLUMN_FLAGS)}: {name} is named more than once; name another column for each")
-    return problems + check_output(Path(args.output_dir))
+    return problems + check_engine(args.engine, args.engine_address) + check_output(name_outputs(args))
 
 
-def check_output(output_dir):
-    """Return every reason why the two files cannot be made in this folder as a list of sentences."""
-    problems = []
-    found = [str(output_dir / name) for name in OUTPUT_NAMES if os.path.lexists(output_dir / name)]
+def check_engine(engine, address):
+    """Return what keeps an engine from starting as a list of sentences."""
+    if engine == "polars":
+        return ["--engine_address: goes with --engine spark or ray; leave it out"] if address else []
+    library = ENGINES[engine]
+    if importlib.util.find_spec(library) is None:
+        return [f"--engine {engine}: {library} is not installed; pip install {library}, or leave --engine out"]
+    home = os.environ.get("JAVA_HOME")
+    if engine == "spark" and shutil.which(os.path.join(home, "bin", "java") if home else "java") is None:
+        where = f"in JAVA_HOME={home}" if home else "on the PATH, and JAVA_HOME is not set"
+        return [f"--engine spark: there is no java {where}; install Java 17 or later, or leave --engine out"]
+    return []
+
+
+def name_outputs(args):
+    """Return the paths of the two files."""
+    return [Path(args.output_dir) / f"{stem}.{args.output_format}" for stem in OUTPUT_STEMS]
+
+
+def check_output(paths):
+    """Return every reason why the two files cannot be made in their folder as a list of sentences."""
+    output_dir, problems = paths[0].parent, []
+    found = [str(path) for path in paths if os.path.lexists(path)]
     if found:
         there = f"{' and '.join(found)} exist{'s' if len(found) == 1 else ''} already"
         problems.append(f"--output_dir {output_dir}: {there}; remove them or name another --output_dir")
@@ -420,6 +463,129 @@ def clean_batch(table, args, counts):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Engines: each yields (table of cleaned rows, first faults, counts) for every batch, in the order of the files
+
+
+def clean_here(chosen, args):
+    """Clean in this process, as many rows at a time as are read."""
+    for path, names in chosen.items():
+        for table, faults in read_batches(path, names):
+            counts = Counter({"read": table.height + len(faults), "could not be parsed": len(faults)})
+            yield clean_batch(table, args, counts), faults, counts
+
+
+def send_batches(path, names):
+    """Yield (rows as Arrow bytes, first faults as JSON, their number) for every SENT_ROWS rows of a file."""
+    for table, faults in read_batches(path, names):
+        for part in table.iter_slices(SENT_ROWS) if table.height else [table]:
+            yield pack(part), json.dumps(faults[:NAMED_ROWS]), len(faults)
+            faults = []
+
+
+def pack(table):
+    """Return a table as bytes: so it travels as it is, nulls, empty texts and unsigned numbers included."""
+    stream = io.BytesIO()
+    table.write_ipc(stream)
+    return stream.getvalue()
+
+
+def clean_packed(packed, num_faults, args):
+    """Return (packed table of the cleaned rows, counts as JSON) of a packed batch."""
+    table = pl.read_ipc(io.BytesIO(packed))
+    counts = Counter({"read": table.height + num_faults, "could not be parsed": num_faults})
+    cleaned = clean_batch(table, args, counts)
+    return pack(cleaned), json.dumps(counts)
+
+
+def unpack(packed, counts, faults):
+    """Return (table, faults, counts) of a batch that came back."""
+    return pl.read_ipc(io.BytesIO(packed)), json.loads(faults), json.loads(counts)
+
+
+def send_by_value(cloudpickle):
+    """Have the functions of this file sent to the workers, who do not have it, whoever imported it here."""
+    if __name__ != "__main__":  # of a program they are anyway
+        cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+
+def start_spark(address):
+    """Return a Spark session at this master (None: this machine) whose workers start this very Python."""
+    from pyspark.sql import SparkSession
+
+    os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
+    if address is None:
+        os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")  # nothing here needs to be seen from outside
+    warnings.filterwarnings("ignore", "PySpark does not yet fully support pandas")
+    builder = SparkSession.builder.master(address or "local[*]").config("spark.log.level", "ERROR")
+    builder = builder.config("spark.ui.enabled", "false").config("spark.ui.showConsoleProgress", "false")
+    try:
+        return builder.config("spark.driver.maxResultSize", "0").getOrCreate()
+    except Exception as error:  # py4j, Spark and Java each raise their own
+        raise ValueError(f"Spark at {address or 'local[*]'} did not start: {str(error).splitlines()[0]}") from error
+
+
+def read_for_spark(tables):
+    """Yield a table of one packed batch (READ) for every batch of the files that are rows of `tables`."""
+    for table in tables:
+        for number, path, absolute, names in table.itertuples(index=False):
+            start = number * PLACE_STEP
+            try:
+                for place, (packed, faults, num_faults) in enumerate(send_batches(absolute, list(names)), start):
+                    faults = faults.replace(json.dumps(absolute)[1:-1], json.dumps(path)[1:-1])
+                    yield type(table)([(place, packed, faults, num_faults, "")])
+            except ValueError as error:
+                yield type(table)([(start, b"", "[]", 0, str(error).replace(absolute, path))])
+
+
+def clean_on_spark(chosen, args):
+    """Read in a task a file and clean in as many tasks as there are slots; ValueError as when reading here."""
+    from pyspark import cloudpickle
+
+    send_by_value(cloudpickle)
+    spark = start_spark(args.engine_address)
+
+    def clean(tables):
+        for table in tables:
+            for place, packed, faults, num_faults, error in table.itertuples(index=False):
+                cleaned = (b"", "{}") if error else clean_packed(packed, num_faults, args)
+                yield type(table)([(place, *cleaned, faults, error)])
+
+    files = [(number, path, os.path.abspath(path), chosen[path]) for number, path in enumerate(chosen)]
+    files = spark.createDataFrame(files, "number long, path string, absolute string, names array<string>")
+    read = files.repartition(len(chosen), "number").mapInPandas(read_for_spark, READ)
+    tasks = 4 * max(spark.sparkContext.defaultParallelism, 1)
+    rows = read.repartition(tasks).mapInPandas(clean, CLEANED).collect()
+    for _, packed, counts, faults, error in sorted(rows):
+        if error:
+            raise ValueError(error)
+        yield unpack(packed, counts, faults)
+
+
+def clean_on_ray(chosen, args):
+    """Read here and clean in Ray's tasks, a few batches ahead."""
+    import ray
+
+    send_by_value(ray.cloudpickle)
+    if not ray.is_initialized():
+        try:
+            ray.init(address=args.engine_address, logging_level="ERROR")
+        except Exception as error:  # Ray raises several kinds
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"Ray at {args.engine_address or 'this machine'} did not start: {reason}") from error
+    clean = ray.remote(num_returns=2)(clean_packed)
+    ahead = 2 * int(ray.cluster_resources().get("CPU", 1))
+    waiting = deque()
+    for path, names in chosen.items():
+        for packed, faults, num_faults in send_batches(path, names):
+            waiting.append([*clean.remote(packed, num_faults, args), faults])
+            if len(waiting) > ahead:
+                *references, faults = waiting.popleft()
+                yield unpack(*ray.get(references), faults)
+    for *references, faults in waiting:
+        yield unpack(*ray.get(references), faults)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Sampling and splitting
 
 
@@ -463,16 +629,16 @@ def split_table(table, fraction):
 # Writing and reporting
 
 
-def write_splits(output_dir, tables):
-    """Write the tables under OUTPUT_NAMES. A name appears when its file is whole, and never replaces another."""
-    output_dir.mkdir(parents=True, exist_ok=True)
-    paths = [output_dir / name for name in OUTPUT_NAMES]
-    partial = [output_dir / f".{name}.{os.getpid()}.partial" for name in OUTPUT_NAMES]
+def write_splits(paths, tables):
+    """Write the tables, CSV or Parquet. A name appears when its file is whole, and never replaces another."""
+    paths[0].parent.mkdir(parents=True, exist_ok=True)
+    partial = [path.with_name(f".{path.name}.{os.getpid()}.partial") for path in paths]
     try:
-        for path, table in zip(partial, tables, strict=True):
-            table.select(OUTPUT_COLUMNS).write_csv(path)
+        for path, final, table in zip(partial, paths, tables, strict=True):
+            table = table.select(OUTPUT_COLUMNS)
+            table.write_parquet(path) if final.suffix == ".parquet" else table.write_csv(path)
         # Looked at again: the work took a while and another run may have finished first.
-        problems = check_output(output_dir)
+        problems = check_output(paths)
         if problems:
             raise ValueError(problems[0])
         for source, target in zip(partial, paths, strict=True):
@@ -480,7 +646,6 @@ def write_splits(output_dir, tables):
     finally:
         for path in partial:
             path.unlink(missing_ok=True)
-    return paths
 
 
 def format_counts(counts):
@@ -502,13 +667,13 @@ def read_and_clean(chosen, args, counts, started):
     """Return (one table of the cleaned rows of all files, the first faults); `counts` gains what was seen."""
     tables, faults = [], []
     for path, names in chosen.items():
-        say(started, f"reading {path}: {', '.join(names)}")
-        for table, faulty in read_batches(path, names):
-            counts["read"] += table.height + len(faulty)
-            counts["could not be parsed"] += len(faulty)
-            faults += faulty[: NAMED_ROWS - len(faults)]
-            tables.append(clean_batch(table, args, counts))
-            say(started, f"{counts['read']:,} rows read and cleaned")
+        say(started, f"input {path}: {', '.join(names)}")
+    clean = {"polars": clean_here, "spark": clean_on_spark, "ray": clean_on_ray}[args.engine]
+    for table, faulty, dropped in clean(chosen, args):
+        counts.update(dropped)
+        faults += faulty[: NAMED_ROWS - len(faults)]
+        tables.append(table)
+        say(started, f"{counts['read']:,} rows read and cleaned")
     if not tables:
         raise ValueError(f"no rows below the header in {', '.join(chosen)}; name other files")
     return pl.concat(tables), faults
@@ -544,7 +709,8 @@ def main(argv=None):
         counts.update(validation=validation.height, train=-validation.height)
 
         # 4. Write
-        paths = write_splits(Path(args.output_dir), (train, validation))
+        paths = name_outputs(args)
+        write_splits(paths, (train, validation))
         say(started, "written")
     except (ValueError, OSError) as error:
         if counts["read"]:

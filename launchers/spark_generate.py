@@ -282,6 +282,7 @@ def make_text_function(names: list[str]):
 
     def read(batches: Iterator[tuple[pd.Series, ...]]) -> Iterator[pd.Series]:
         for columns in batches:
+            columns = columns if isinstance(columns, tuple) else (columns,)  # of one column: the bare series
             yield pd.Series(read_batch(dict(zip(names, columns, strict=True)), names, False), dtype=object)
 
     return read

@@ -94,6 +94,7 @@ def test_overfitted_on_packed_rows_with_pad_equal_to_eos_it_gives_all_answers_an
     assert tokenizer.pad_token == tokenizer.eos_token
 
 
+@pytest.mark.slow
 def test_overfitted_on_single_rows_it_gives_all_answers_and_stops(place, tmp_path):
     flags = ["--do_train", "--do_predict", "--test_file", place / "train.jsonl", "--skip_audit", *OVERFIT]
     flags += ["--output_dir", tmp_path / "out"]

@@ -1,18 +1,16 @@
 # Copyright 2026 The plaintune authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 """The deepspeed runner over two hosts: network namespaces joined by a cable, each with processes of its own."""
 
-import json
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from conftest import ROOT, run
+from test_launch_ray import SCRIPT, SIX_STEPS, losses
 
 pytestmark = [pytest.mark.launchers, pytest.mark.timeout(600)]
-SCRIPT = ROOT / "run_summarization.py"
 
 # All of it lives in anonymous namespaces of one process: when that ends, or is killed, the kernel takes away both
 # hosts, the cable and every process. The names of the hosts stand in a file system that only this process sees.
@@ -46,27 +44,14 @@ def why_no_hosts() -> str | None:
     return None if tried.returncode == 0 else f"no namespaces here: {tried.stderr.strip()[-200:]}"
 
 
-def history(out: Path, key: str) -> list[float]:
-    entries = json.loads((out / "trainer_state.json").read_text())["log_history"]
-    return [entry[key] for entry in entries if key in entry and "train_runtime" not in entry]
-
-
 def test_two_hosts_have_the_losses_of_one_process_and_leave_nothing_behind(work, tmp_path):
     reason = why_no_hosts()
     if reason:
         pytest.skip(reason)
-    common = [
-        "--model_name_or_path",
-        work / "tiny-t5",
-        "--do_train",
-        "--train_file",
-        work / "train.csv",
-        "--max_steps",
-    ]
-    common += ["6", "--logging_steps", "1", "--optim", "sgd", "--learning_rate", "1e-3", "--save_strategy", "no"]
-    run(
-        [sys.executable, SCRIPT, *common, "--per_device_train_batch_size", "16", "--output_dir", "alone"], cwd=tmp_path
-    )
+    common = [*SIX_STEPS, "--model_name_or_path", work / "tiny-t5", "--train_file", work / "train.csv"]
+    if not (work / "ray_alone").exists():  # the other launchers are held against the same run
+        one = ["--per_device_train_batch_size", "16", "--output_dir", "ray_alone"]
+        run([sys.executable, SCRIPT, *common, *one], cwd=work)
     before = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True).stdout
 
     (tmp_path / "hostfile").write_text("10.77.0.1 slots=1\n10.77.0.2 slots=1\n")
@@ -76,6 +61,6 @@ def test_two_hosts_have_the_losses_of_one_process_and_leave_nothing_behind(work,
     assert done.returncode == 0, done.stdout[-4000:] + (tmp_path / "two.txt").read_text()[-2000:]
 
     assert "effective batch 16 = 8 rows x 2 processes x 1" in done.stdout
-    expected, found = history(tmp_path / "alone", "loss"), history(tmp_path / "hosts", "loss")
-    assert len(found) == 6 and found == pytest.approx(expected, rel=1e-5)
+    found = losses(tmp_path / "hosts")
+    assert len(found) == 6 and found == pytest.approx(losses(work / "ray_alone"), rel=1e-5)
     assert subprocess.run(["ip", "netns", "list"], capture_output=True, text=True).stdout == before
