@@ -35,6 +35,7 @@ is the fastest by far: Spark takes longer to start than polars for 500,000 rows.
 """
 
 import argparse
+import contextlib
 import csv
 import gzip
 import hashlib
@@ -45,6 +46,7 @@ import itertools
 import json
 import os
 import shutil
+import signal
 import sys
 import time
 import warnings
@@ -73,6 +75,7 @@ KEYS_FROM_LINES = 100  # a JSON object may leave a key out, so the columns are t
 # Of another engine than polars: the library, and the rows that are sent to a worker at a time.
 ENGINES = {"spark": "pyspark", "ray": "ray"}
 SENT_ROWS = 10_000
+START_SECONDS = 180  # longest wait for a cluster
 PLACE_STEP = 2**32  # batches of a file are numbered from its number times this
 READ = "place long, packed binary, faults string, num_faults long, error string"
 CLEANED = "place long, packed binary, counts string, faults string, error string"
@@ -508,6 +511,25 @@ def send_by_value(cloudpickle):
         cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 
+@contextlib.contextmanager
+def start_limit(what):
+    """End the program with exit code 2 if a cluster has not answered in START_SECONDS: py4j and Ray go on waiting."""
+
+    def give_up(signum, frame):
+        print(
+            f"prepare_reviews.py: error:\n  - {what} did not start in {START_SECONDS} s", file=sys.stderr, flush=True
+        )
+        os._exit(2)
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(START_SECONDS)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def start_spark(address):
     """Return a Spark session at this master (None: this machine) whose workers start this very Python."""
     from pyspark.sql import SparkSession
@@ -519,7 +541,8 @@ def start_spark(address):
     builder = SparkSession.builder.master(address or "local[*]").config("spark.log.level", "ERROR")
     builder = builder.config("spark.ui.enabled", "false").config("spark.ui.showConsoleProgress", "false")
     try:
-        return builder.config("spark.driver.maxResultSize", "0").getOrCreate()
+        with start_limit(f"Spark at {address or 'local[*]'}"):
+            return builder.config("spark.driver.maxResultSize", "0").getOrCreate()
     except Exception as error:  # py4j, Spark and Java each raise their own
         raise ValueError(f"Spark at {address or 'local[*]'} did not start: {str(error).splitlines()[0]}") from error
 
@@ -567,11 +590,12 @@ def clean_on_ray(chosen, args):
 
     send_by_value(ray.cloudpickle)
     if not ray.is_initialized():
+        address = args.engine_address or "local"  # without one Ray looks for a cluster that someone left running
         try:
-            ray.init(address=args.engine_address, logging_level="ERROR")
+            with start_limit(f"Ray at {address}"):
+                ray.init(address=address, logging_level="ERROR")
         except Exception as error:  # Ray raises several kinds
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"Ray at {args.engine_address or 'this machine'} did not start: {reason}") from error
+            raise ValueError(f"Ray at {address} did not start: {str(error).splitlines()[0]}") from error
     clean = ray.remote(num_returns=2)(clean_packed)
     ahead = 2 * int(ray.cluster_resources().get("CPU", 1))
     waiting = deque()

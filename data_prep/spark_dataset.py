@@ -1,0 +1,163 @@
+# Copyright 2026 The plaintune authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["pyspark[sql]>=4.0", "datasets>=4.0"]
+# ///
+"""From a Spark table to a datasets.Dataset with the rows that the table has now.
+
+In a notebook or a program:
+
+    from spark_dataset import to_dataset
+    train = to_dataset(spark.table("reviews").where("stars > 1"), "/nfs/work")
+
+From a folder of Parquet files to the one file that run_summarization.py --train_file takes:
+
+    python data_prep/spark_dataset.py --input_table data/reviews_parquet --output_file data/train.parquet
+
+On a cluster, where all machines see /nfs:
+
+    python data_prep/spark_dataset.py --input_table /nfs/reviews --output_file /nfs/train.parquet \
+        --master spark://head:7077
+
+Dataset.from_spark would do it in one call, with two traps (datasets 5.2.0). Its cache is keyed by the table's plan, and
+that names the files and not what is in them: when they are overwritten in place it returns the old rows, in silence.
+And its working_dir=, which a cluster needs, ends in a NameError. So Spark writes Parquet into a folder that is new in
+every call, and that is read into a cache inside the same folder. The Parquet is removed then; the cache stays for as
+long as the Dataset is used, and is the caller's to remove. Rows come in the order of Spark's partitions.
+"""
+
+import argparse
+import contextlib
+import importlib.util
+import os
+import shutil
+import signal
+import sys
+import uuid
+import warnings
+from pathlib import Path
+
+import datasets
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Constants
+
+START_SECONDS = 180  # longest wait for a cluster
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Spark
+
+
+@contextlib.contextmanager
+def start_limit(what):
+    """End the program with exit code 2 if a cluster has not answered in START_SECONDS: py4j and Ray go on waiting."""
+
+    def give_up(signum, frame):
+        print(
+            f"prepare_reviews.py: error:\n  - {what} did not start in {START_SECONDS} s", file=sys.stderr, flush=True
+        )
+        os._exit(2)
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(START_SECONDS)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def start_spark(address):
+    """Return a Spark session at this master (None: this machine) whose workers start this very Python."""
+    from pyspark.sql import SparkSession
+
+    os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
+    if address is None:
+        os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")  # nothing here needs to be seen from outside
+    warnings.filterwarnings("ignore", "PySpark does not yet fully support pandas")
+    builder = SparkSession.builder.master(address or "local[*]").config("spark.log.level", "ERROR")
+    builder = builder.config("spark.ui.enabled", "false").config("spark.ui.showConsoleProgress", "false")
+    try:
+        with start_limit(f"Spark at {address or 'local[*]'}"):
+            return builder.config("spark.driver.maxResultSize", "0").getOrCreate()
+    except Exception as error:  # py4j, Spark and Java each raise their own
+        raise ValueError(f"Spark at {address or 'local[*]'} did not start: {str(error).splitlines()[0]}") from error
+
+
+def to_dataset(table, work_dir):
+    """Return a Dataset of a Spark table, or of the Parquet file or folder at a path, kept in a new folder of work_dir.
+
+    The folder is dataset.cache_files[0]["filename"]'s; the driver and all workers must see work_dir.
+    """
+    if isinstance(table, str | os.PathLike):
+        table = start_spark(None).read.parquet(os.path.abspath(table))
+    folder = Path(work_dir).absolute() / f"spark_dataset-{uuid.uuid4().hex}"
+    written = folder / "parquet"
+    table.write.parquet(str(written))
+    files = sorted(str(path) for path in written.glob("*.parquet"))
+    if not files:
+        raise ValueError(
+            f"{written}: the workers wrote nothing that is seen here; name a work_dir that all machines see"
+        )
+    dataset = datasets.Dataset.from_parquet(files, cache_dir=str(folder / "cache"))
+    shutil.rmtree(written)
+    return dataset
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arguments
+
+
+def parse_args(argv=None):
+    """Return the parsed command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("--input_table", required=True, help="A Parquet file, or a folder of them as Spark writes it.")
+    add("--output_file", required=True, help="The .parquet file to make; it may not exist yet.")
+    add("--work_dir", default=None, help="Where Spark writes meanwhile; all machines see it. None: beside the output.")
+    add("--master", default=None, help="Spark's master, such as spark://head:7077. None: this machine.")
+    return parser.parse_args(argv)
+
+
+def check_args(args):
+    """Return every problem with the arguments as a list of sentences."""
+    problems = []
+    if not Path(args.input_table).exists():
+        problems.append(f"--input_table {args.input_table}: no such file or folder")
+    if Path(args.output_file).suffix != ".parquet":
+        problems.append(f"--output_file {args.output_file}: the name must end in .parquet")
+    if Path(args.output_file).exists():
+        problems.append(f"--output_file {args.output_file}: exists already; remove it or name another")
+    if importlib.util.find_spec("pyspark") is None:
+        problems.append("pyspark is not installed: pip install -r requirements-launchers.txt")
+    home = os.environ.get("JAVA_HOME")
+    if shutil.which(os.path.join(home, "bin", "java") if home else "java") is None:
+        where = f"in JAVA_HOME={home}" if home else "on the PATH, and JAVA_HOME is not set"
+        problems.append(f"Spark needs Java: there is none {where}; install Java 17 or later")
+    return problems
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    problems = check_args(args)
+    if not problems:
+        try:
+            output = Path(args.output_file).absolute()
+            work_dir = Path(args.work_dir or output.parent)
+            dataset = to_dataset(start_spark(args.master).read.parquet(os.path.abspath(args.input_table)), work_dir)
+            unfinished = output.with_name(f".{output.name}.unfinished")
+            dataset.to_parquet(unfinished)
+            os.replace(unfinished, output)
+            shutil.rmtree(Path(dataset.cache_files[0]["filename"]).parents[3])
+            print(f"{args.output_file}: {len(dataset)} rows, columns {', '.join(dataset.column_names)}")
+        except ValueError as error:
+            problems = [str(error)]
+    if problems:
+        print("spark_dataset.py: error:\n" + "\n".join(f"  - {p}" for p in problems), file=sys.stderr)
+        raise SystemExit(2)
+
+
+if __name__ == "__main__":
+    main()
