@@ -19,8 +19,8 @@ On a cluster, where all machines see /nfs:
     python data_prep/spark_dataset.py --input_table /nfs/reviews --output_file /nfs/train.parquet \
         --master spark://head:7077
 
-Dataset.from_spark would do it in one call, with two traps (datasets 5.2.0). Its cache is keyed by the table's plan, and
-that names the files and not what is in them: when they are overwritten in place it returns the old rows, in silence.
+Dataset.from_spark would do it in one call, with two traps (datasets 5.2.0). Its cache is keyed by the table's plan,
+which names the files and not what is in them: when they are overwritten in place it returns the old rows, in silence.
 And its working_dir=, which a cluster needs, ends in a NameError. So Spark writes Parquet into a folder that is new in
 every call, and that is read into a cache inside the same folder. The Parquet is removed then; the cache stays for as
 long as the Dataset is used, and is the caller's to remove. Rows come in the order of Spark's partitions.
@@ -87,7 +87,7 @@ def start_spark(address):
 def to_dataset(table, work_dir):
     """Return a Dataset of a Spark table, or of the Parquet file or folder at a path, kept in a new folder of work_dir.
 
-    The folder is dataset.cache_files[0]["filename"]'s; the driver and all workers must see work_dir.
+    dataset.cache_files names the folder; the driver and all workers must see work_dir.
     """
     if isinstance(table, str | os.PathLike):
         table = start_spark(None).read.parquet(os.path.abspath(table))
@@ -145,12 +145,12 @@ def main(argv=None):
     if not problems:
         try:
             output = Path(args.output_file).absolute()
-            work_dir = Path(args.work_dir or output.parent)
+            work_dir = Path(args.work_dir or output.parent) / f".{output.name}.{os.getpid()}"
             dataset = to_dataset(start_spark(args.master).read.parquet(os.path.abspath(args.input_table)), work_dir)
             unfinished = output.with_name(f".{output.name}.unfinished")
             dataset.to_parquet(unfinished)
             os.replace(unfinished, output)
-            shutil.rmtree(Path(dataset.cache_files[0]["filename"]).parents[3])
+            shutil.rmtree(work_dir)
             print(f"{args.output_file}: {len(dataset)} rows, columns {', '.join(dataset.column_names)}")
         except ValueError as error:
             problems = [str(error)]

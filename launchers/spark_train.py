@@ -253,7 +253,8 @@ def make_spark_settings(args: argparse.Namespace) -> dict[str, str]:
         atexit.register(shutil.rmtree, finder.parent)
         finder.write_text(LIST_GPUS)
         finder.chmod(0o700)
-        settings["spark.driver.resource.gpu.amount"] = str(args.num_processes)
+        amounts = ("spark.driver.resource.gpu.amount", "spark.executor.resource.gpu.amount")
+        settings |= dict.fromkeys(amounts, str(args.num_processes))
         settings["spark.driver.resource.gpu.discoveryScript"] = str(finder)
     elif args.use_gpu:
         # An executor a process; the workers say by spark.worker.resource.gpu.* what they have.
