@@ -35,6 +35,7 @@ import logging
 import math
 import os
 import re
+import socket
 import sys
 import time
 import zipfile
@@ -314,6 +315,8 @@ def parse_arguments(argv: list[str], classes: tuple, find_problems):
     problems = find_problems(namespace)
     if problems:
         raise UsageError("\n".join(problems))
+    if namespace.deepspeed:
+        become_the_only_rank()
     if on_cpu:
         prepare_cpu(namespace.deepspeed)
     try:
@@ -349,6 +352,16 @@ def take_defaults_from_json(parser: argparse.ArgumentParser, path: str) -> None:
 def has_accelerator() -> bool:
     """Whether torch sees a GPU or another device that the trainer would use."""
     return torch.cuda.is_available() or (hasattr(torch, "accelerator") and torch.accelerator.is_available())
+
+
+def become_the_only_rank() -> None:
+    """`python script.py --deepspeed FILE`, without a launcher, is one rank; DeepSpeed would look for MPI and fail."""
+    if "RANK" not in os.environ and "OMPI_COMM_WORLD_SIZE" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
 def prepare_cpu(deepspeed_config: str | None) -> None:
@@ -693,9 +706,11 @@ def find_output_problems(args: argparse.Namespace) -> list[str]:
     folder = Path(args.output_dir)
     if folder.exists() and not folder.is_dir():
         return [f"--output_dir {folder}: is a file"]
-    held = sorted(entry.name for entry in folder.iterdir()) if folder.exists() else []
+    # runs/ holds TensorBoard's curves, which an attempt writes from its first second on.
+    held = sorted(entry.name for entry in folder.iterdir() if entry.name != "runs") if folder.exists() else []
     if args.do_train:
-        if "all_results.json" in held and args.resume_from_checkpoint is None:
+        # The last file of a run; all_results.json is there before the last evaluation, which a kill may end.
+        if "trainer_state.json" in held and args.resume_from_checkpoint is None:
             return [
                 f"--output_dir {folder}: holds a finished run; name another folder, or go on from it with "
                 "--resume_from_checkpoint CHECKPOINT"

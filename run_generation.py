@@ -28,6 +28,7 @@ import json
 import logging
 import os
 import resource
+import socket
 import sys
 import time
 from collections import Counter
@@ -214,6 +215,8 @@ def parse_generation_arguments(argv: list[str]):
     problems = find_generation_problems(namespace, decoding)
     if problems:
         raise UsageError("\n".join(problems))
+    if namespace.deepspeed:
+        become_the_only_rank()
     if namespace.use_cpu:
         prepare_cpu(namespace.deepspeed)
     model_args, data_args = parser.parse_dict({k: v for k, v in vars(namespace).items() if k in names})
@@ -235,6 +238,16 @@ def join_deepspeed_flags(argv: list[str]) -> list[str]:
 def has_accelerator() -> bool:
     """Whether torch sees a GPU or another device that the trainer would use."""
     return torch.cuda.is_available() or (hasattr(torch, "accelerator") and torch.accelerator.is_available())
+
+
+def become_the_only_rank() -> None:
+    """`python script.py --deepspeed FILE`, without a launcher, is one rank; DeepSpeed would look for MPI and fail."""
+    if "RANK" not in os.environ and "OMPI_COMM_WORLD_SIZE" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
 def prepare_cpu(deepspeed_config: str | None) -> None:

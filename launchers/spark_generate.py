@@ -144,7 +144,8 @@ def make_spark_settings(args: argparse.Namespace) -> dict[str, str]:
         # Texts are sorted by length and batched within this many rows, as in run_generation.py.
         "spark.sql.execution.arrow.maxRecordsPerBatch": str(script.WINDOW),
     }
-    settings |= {f"spark.executorEnv.{n}": v for n, v in os.environ.items() if n.startswith(("HF_", "TRANSFORMERS_"))}
+    passed_on = [name for name in os.environ if name.startswith(("HF_", "TRANSFORMERS_")) and name != "HF_TOKEN"]
+    settings |= {f"spark.executorEnv.{name}": os.environ[name] for name in passed_on}
     if args.use_gpu:
         settings |= {"spark.task.resource.gpu.amount": "1", "spark.executor.resource.gpu.amount": "1"}
         settings["spark.executor.cores"] = "1"

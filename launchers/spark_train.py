@@ -50,7 +50,9 @@ from pathlib import Path
 
 OLDEST_JAVA = 17  # Spark 4
 
-# What an executor does not inherit from the driver's shell and a training script reads.
+# What an executor does not inherit from the driver's shell and a training script reads. No secrets (HF_TOKEN,
+# WANDB_API_KEY): Spark keeps its settings in logs and pages; log in on the workers' home instead.
+SECRET = re.compile("TOKEN$|KEY|SECRET|PASSWORD")
 PASSED_ON = ("HF_", "TRANSFORMERS_", "TOKENIZERS_", "MLFLOW_", "WANDB_", "OMP_", "NCCL_", "GLOO_", "TORCH_", "DS_")
 
 # Flags of the scripts that name a file or folder. Those of the second kind may name something on the hub instead.
@@ -247,7 +249,8 @@ def make_spark_settings(args: argparse.Namespace) -> dict[str, str]:
         "spark.barrier.sync.timeout": str(args.timeout),
         "spark.cores.max": "1" if args.local_mode else str(args.num_processes),
     }
-    settings |= {f"spark.executorEnv.{name}": v for name, v in os.environ.items() if name.startswith(PASSED_ON)}
+    passed_on = [name for name in os.environ if name.startswith(PASSED_ON) and not SECRET.search(name)]
+    settings |= {f"spark.executorEnv.{name}": os.environ[name] for name in passed_on}
     if args.use_gpu and (args.local_mode or args.master.startswith("local")):
         finder = Path(tempfile.mkdtemp()) / "list_gpus.sh"
         atexit.register(shutil.rmtree, finder.parent)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from launch_places import cluster, master  # noqa: F401  fixtures
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "data_prep")]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

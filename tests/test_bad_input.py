@@ -3,6 +3,7 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -181,3 +182,14 @@ def test_deepspeeds_own_spelling_of_its_file_is_understood():
     assert join(["--a", "1", "--deepspeed", "--deepspeed_config", "z.json"]) == ["--a", "1", "--deepspeed", "z.json"]
     assert join(["--deepspeed_config", "z.json", "--a", "1", "--deepspeed"]) == ["--deepspeed", "z.json", "--a", "1"]
     assert join(["--deepspeed", "z.json", "--a"]) == ["--deepspeed", "z.json", "--a"]
+
+
+def test_a_run_killed_in_its_last_evaluation_may_go_on_and_curves_alone_refuse_nothing(tmp_path):
+    args = SimpleNamespace(output_dir=tmp_path, do_train=True, resume_from_checkpoint=None)
+    (tmp_path / "runs").mkdir()
+    assert script.find_output_problems(args) == []
+    (tmp_path / "all_results.json").write_text("{}")
+    (tmp_path / "checkpoint-3").mkdir()
+    assert script.find_output_problems(args) == []
+    (tmp_path / "trainer_state.json").write_text("{}")
+    assert "holds a finished run" in script.find_output_problems(args)[0]

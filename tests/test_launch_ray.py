@@ -1,15 +1,9 @@
 # Copyright 2026 The plaintune authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 """The launchers over Ray against the same command without it; workers killed under Ray and under deepspeed."""
 
-import contextlib
 import json
-import os
 import re
-import signal
-import socket
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -61,30 +55,6 @@ def alone(work, common) -> Path:
     command = [sys.executable, SCRIPT, *common, "--per_device_train_batch_size", "16", "--output_dir", "ray_alone"]
     run(command, cwd=work)
     return work / "ray_alone"
-
-
-@pytest.fixture(scope="module")
-def cluster():
-    """The address of a Ray with two CPUs, started for these tests and taken down by its process group."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    start = [Path(sys.executable).with_name("ray"), "start", "--head", "--block", "--node-ip-address", "127.0.0.1"]
-    start += ["--port", port, "--num-cpus", "2", "--include-dashboard", "false", "--disable-usage-stats"]
-    open_to_all = {**os.environ, "RAY_AUTH_MODE": "disabled"}
-    ray = subprocess.Popen([str(s) for s in start], stdout=subprocess.DEVNULL, start_new_session=True, env=open_to_all)
-    try:
-        for _ in range(120):
-            time.sleep(0.5)
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-        yield f"127.0.0.1:{port}"
-    finally:
-        for farewell in (signal.SIGTERM, signal.SIGKILL):  # `ray stop` would end every Ray of this machine
-            with contextlib.suppress(subprocess.TimeoutExpired, ProcessLookupError):
-                os.killpg(ray.pid, farewell)
-                ray.wait(5)
 
 
 @pytest.fixture(scope="module")

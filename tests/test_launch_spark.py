@@ -3,8 +3,6 @@
 
 import importlib.util
 import json
-import os
-import signal
 import socket
 import subprocess
 import sys
@@ -14,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from conftest import ROOT, make_rows, run, write_csv
+from launch_places import find_port, wait_for
 
 pytestmark = pytest.mark.launchers
 LAUNCHER, SCRIPT = ROOT / "launchers/spark_train.py", ROOT / "run_summarization.py"
@@ -41,57 +40,6 @@ def places(tmp_path_factory) -> Path:
     return folder
 
 
-def find_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
-
-
-@pytest.fixture(scope="module")
-def master(places):
-    """The address of a standalone master on loopback with two workers of one core; nothing is left behind."""
-    import pyspark
-
-    home, port = Path(pyspark.__file__).parent, find_port()
-    environment = {**os.environ, "SPARK_HOME": str(home), "SPARK_LOCAL_IP": "127.0.0.1", "SPARK_LOG_DIR": str(places)}
-    address = f"spark://127.0.0.1:{port}"
-    common = ["--host", "127.0.0.1", "--webui-port", "0"]
-    commands = [["master.Master", *common, "--port", str(port)]]
-    commands += [["worker.Worker", *common, "-c", "1", "-m", "1g", "-d", places / f"w{i}", address] for i in range(2)]
-    daemons = []
-    try:
-        for number, (name, *words) in enumerate(commands):
-            with open(places / f"daemon{number}.log", "w") as log:
-                command = [home / "bin/spark-class", f"org.apache.spark.deploy.{name}", *words]
-                daemon = subprocess.Popen(
-                    command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-                )
-            daemons.append(daemon)
-        wait_for(lambda: socket.create_connection(("127.0.0.1", port)).close(), 120)
-        yield address
-    finally:
-        for daemon in daemons:
-            os.killpg(daemon.pid, signal.SIGTERM)
-        time.sleep(2)  # the workers end their executors
-        for daemon in daemons:
-            try:
-                os.killpg(daemon.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
-            daemon.wait()
-
-
-def wait_for(action, seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while True:
-        try:
-            return action()
-        except (OSError, AssertionError):
-            if time.monotonic() > end:
-                raise
-            time.sleep(0.3)
-
-
 def launch(folder: Path, master: str, *words, processes: int = 2, check: bool = True):
     command = [sys.executable, LAUNCHER, "--master", master, "--num_processes", processes]
     command += ["--conf", "spark.driver.host=127.0.0.1"] if master.startswith("spark:") else []
@@ -104,42 +52,7 @@ def errors_of(done) -> list[str]:
     return [line.removeprefix("error: ") for line in done.stdout.splitlines() if line.startswith("error: ")]
 
 
-# ------------------------------------------------------------------------------------------------ the same losses
-
-
-def read_losses(out: Path) -> list[float]:
-    entries = json.loads((out / "trainer_state.json").read_text())["log_history"]
-    return [entry["loss"] for entry in entries if "loss" in entry]
-
-
-def make_training(work: Path, out: str, rows: int) -> list:
-    """Plain SGD, fp32, no dropout; paths relative to the folder where it is started."""
-    words = ["--model_name_or_path", "tiny-t5", "--do_train", "--train_file", "train.csv", "--source_prefix"]
-    words += ["summarize: ", "--optim", "sgd", "--learning_rate", "1e-3", "--num_train_epochs", "1"]
-    words += ["--logging_steps", "1", "--save_strategy", "no", "--max_target_length", "12"]
-    return [*words, "--per_device_train_batch_size", rows, "--output_dir", out]
-
-
-@pytest.fixture(scope="module")
-def one_process(work) -> list[float]:
-    run([sys.executable, SCRIPT, *make_training(work, "spark_none", 16)], cwd=work)
-    return read_losses(work / "spark_none")
-
-
-def test_two_tasks_of_a_local_spark_have_the_losses_of_one_process(work, one_process):
-    done = launch(work, "local[2]", SCRIPT, *make_training(work, "spark_local", 8))
-    assert len(one_process) == 6
-    assert read_losses(work / "spark_local") == pytest.approx(one_process, rel=1e-5)
-    assert "effective batch 16 = 8 rows x 2 processes" in done.stdout  # the script's own output
-
-
-def test_two_workers_of_a_standalone_cluster_under_zero_2_have_the_losses_of_one_process(work, one_process, master):
-    zero = ["--deepspeed", ROOT / "ds_configs/zero2.json"]
-    launch(work, master, SCRIPT, *make_training(work, "spark_cluster", 8), *zero)
-    assert read_losses(work / "spark_cluster") == pytest.approx(one_process, rel=1e-5)
-
-
-# ------------------------------------------------------------------------------------------------ how it ends
+# ------------------------------------------------------------------------------------------------ ends and errors
 
 
 @pytest.mark.parametrize("where", ["local mode", "cluster"])
@@ -477,3 +390,14 @@ def test_a_notebook_gets_a_table_from_a_table(table, trained, session):
     assert result.columns == ["review_body", "number", "product_id", "prediction"]
     rows = result.collect()
     assert [row.number for row in rows] == [0, 1, 2, 3, None, 5] and rows[3].prediction == "" != rows[0].prediction
+
+
+def test_tokens_and_keys_are_not_put_into_sparks_settings(monkeypatch):
+    import spark_train
+
+    for name in ("HF_TOKEN", "WANDB_API_KEY", "HF_HOME"):
+        monkeypatch.setenv(name, f"value-of-{name}")
+    args = spark_train.parse_launch_arguments(["--num_processes", "2", "run_summarization.py"])
+    settings = spark_train.make_spark_settings(args)
+    assert settings["spark.executorEnv.HF_HOME"] == "value-of-HF_HOME"
+    assert not [name for name, value in settings.items() if value in ("value-of-HF_TOKEN", "value-of-WANDB_API_KEY")]
