@@ -2,6 +2,8 @@
 """The contract of every launcher: the same argument list gives the same losses, step by step."""
 
 import json
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -91,3 +93,16 @@ def test_two_hosts_leave_nothing_behind(tmp_path):
     assert subprocess.run(["ip", "netns", "list"], capture_output=True, text=True).stdout == before
     left = subprocess.run(["pgrep", "-f", "10.77.0.1"], capture_output=True, text=True).stdout
     assert left == ""
+
+
+def test_the_readmes_commands_on_ray_parse(monkeypatch):
+    monkeypatch.syspath_prepend(str(LAUNCHERS))
+    monkeypatch.chdir(ROOT)  # the launchers look for the script
+    import ray_generate
+    import ray_train
+
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for module, script in ((ray_train, "run_summarization.py"), (ray_generate, "run_generation.py")):
+        (command,) = re.findall(rf"^python launchers/{module.__name__}.py (.*)", text, re.M)
+        args = module.parse_launcher_arguments(shlex.split(command))
+        assert args.script == script and "--model_name_or_path" in args.arguments

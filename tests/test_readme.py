@@ -4,15 +4,22 @@
 import re
 import shlex
 import subprocess
+import sys
 
 import pytest
 from transformers import HfArgumentParser
 
 import init_model
+import prepare_reviews
 import run_clm_instruct
 import run_generation
 import run_summarization
+import spark_dataset
 from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "launchers"))
+import spark_generate  # noqa: E402
+import spark_train  # noqa: E402
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [line for block in re.findall(r"```\n(.*?)```", README, re.S) for line in block.splitlines()]
@@ -29,7 +36,7 @@ TRAINING = [(name, c) for c in COMMANDS for name in ARGUMENTS if f"{name} --" in
 def test_every_training_command_parses_and_its_config_exists(name, command):
     words = shlex.split(command)
     namespace = HfArgumentParser(ARGUMENTS[name]).parse_args(words[words.index(name) + 1 :])
-    assert (words[0] == "deepspeed") == (namespace.deepspeed is not None)
+    assert (words[0] == "deepspeed") == (namespace.deepspeed is not None) or "launchers/" in command
     assert run_summarization.find_deepspeed_problems(namespace) == []
     if name == "run_clm_instruct.py":
         assert run_clm_instruct.find_template_problems(namespace) == []
@@ -44,6 +51,22 @@ def test_every_generation_command_parses_and_its_decoding_flags_agree(command):
     assert run_generation.find_decoding_problems(decoding) == []
     assert run_generation.find_zero3_problems(namespace.deepspeed) == []
     assert (words[0] == "deepspeed") == (namespace.deepspeed is not None)
+
+
+def words_after(script: str) -> list[str]:
+    """What stands after a script in the README's one command with it."""
+    (command,) = [c for c in COMMANDS if f"{script} --" in c]
+    return shlex.split(command.partition(f"{script} ")[2])
+
+
+def test_the_commands_on_spark_parse():
+    for words in [shlex.split(c.partition("spark_train.py")[2]) for c in COMMANDS if "spark_train.py" in c]:
+        args = spark_train.parse_launch_arguments(words)
+        assert args.script == "run_summarization.py" and args.script_args[0].startswith("--")
+    _, flags = spark_generate.parse_spark_arguments(words_after("spark_generate.py"))
+    assert "--num_beams" in flags
+    assert spark_dataset.parse_args(words_after("spark_dataset.py")).output_file == "data/train.parquet"
+    assert prepare_reviews.parse_args(words_after("prepare_reviews.py")).engine == "spark"
 
 
 def test_every_decoding_flag_named_is_one():
@@ -72,7 +95,7 @@ def test_the_make_targets_run_the_commands_that_stand_below_them():
 
 
 def test_every_file_named_exists():
-    for path in re.findall(r"(?:ds_configs|data_prep)/\w+\.\w+", README):
+    for path in re.findall(r"(?:ds_configs|launchers|data_prep)/\w+\.\w+", README):
         assert (ROOT / path).is_file(), path
     block = README.split("## Files")[1]
     for line in re.findall(r"```\n(.*?)```", block, re.S)[0].splitlines():
