@@ -61,13 +61,13 @@ SUMMARY_COLUMNS = (
     ("text", "summary"),
 )
 TASK_COLUMNS = {"instruction": "instruction", "messages": "chat", "text": "text"}  # what prepare_instruct.py writes
-PARTS = {
+TASK_PARTS = {
     "summarization": ("source", "target"),
     "instruction": ("prompt", "answer", "example"),
     "chat": ("prompt", "answer", "example"),
     "text": ("example",),
 }
-BATCH_ROWS = 10_000  # rows in memory at a time
+ROWS_AT_A_TIME = 10_000  # rows in memory at a time
 NAMED_LINES = 5  # odd rows that are named for each reason; all of them are counted
 
 CUT_CANDIDATES = (32, 64, 128, 256, 512, 1024, 2048)
@@ -326,7 +326,7 @@ def read_dicts(path, columns):
     """Yield (line or row number, {column: value}) of a file; in place of a row that cannot be parsed, why not."""
     kind = ending(path)
     if kind == ".parquet":
-        batches = pyarrow.parquet.ParquetFile(path).iter_batches(BATCH_ROWS, columns=columns)
+        batches = pyarrow.parquet.ParquetFile(path).iter_batches(ROWS_AT_A_TIME, columns=columns)
         yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
     elif kind == ".jsonl":
         yield from read_jsonl(path)
@@ -529,7 +529,7 @@ def measure_texts(examples, tokenizer, args, task, language, identifier):
     sources, targets, answers, _ = (list(column) for column in zip(*examples, strict=True))
     special = task == "summarization"
     source_ids, source_lengths = count_tokens(tokenizer, [args.source_prefix + text for text in sources], special)
-    target_ids, target_lengths = count_tokens(tokenizer, targets, special and "target" in PARTS[task])
+    target_ids, target_lengths = count_tokens(tokenizer, targets, special and "target" in TASK_PARTS[task])
     both = [f"{source}\n{target}" for source, target in zip(sources, targets, strict=True)]
     words, word_lengths, distinct = hash_words(both)
     table = pl.DataFrame({"source": sources, "target": targets, "both": both})
@@ -558,7 +558,7 @@ def measure_file(path, task, rows, tokenizer, args, language, identifier):
     examples, labels, languages, start = read_examples(path, task), Counter(), {}, 0
     lines, parts, vocabulary = [], [], np.zeros(len(tokenizer), np.int64)
     with tqdm(total=rows, desc=f"measuring {path}", unit=" rows", unit_scale=True) as bar:
-        while batch := list(itertools.islice(examples, BATCH_ROWS)):
+        while batch := list(itertools.islice(examples, ROWS_AT_A_TIME)):
             texts = [example for _, _, example in batch]
             columns, counts, elsewhere = measure_texts(texts, tokenizer, args, task["task"], language, identifier)
             lines.append(np.array([(ordinal, line) for ordinal, line, _ in batch], np.int64))
@@ -788,10 +788,9 @@ def measure_languages(language, found, rows):
     }
 
 
-def choose_shown(columns, languages, count):
+def choose_shown(columns, tokens, languages, count):
     """Return {title: [(index, what is odd about it)]}: rows to read."""
     words, chars = np.maximum(columns["words"], 1), np.maximum(columns["chars"], 1)
-    tokens = columns["source_tokens"] + columns["target_tokens"]
     # A short row is soon extreme, so only rows of some length compete.
     some = columns["chars"] >= min(40, np.median(columns["chars"]))
     scales = {
@@ -850,7 +849,7 @@ def choose_maxima(lengths, args, task, positions):
                 getattr(args, f"max_{part}_length")
                 or choose_maximum(lengths[part], args.max_cut_share, LENGTH_STEP, positions),
             )
-            for part in PARTS[task]
+            for part in TASK_PARTS[task]
         }
     best = args.max_seq_length or choose_maximum(lengths["example"], args.max_cut_share, SEQUENCE_STEP, positions)
     return {"example": ("max_seq_length", best)}
@@ -861,6 +860,14 @@ def describe_cut(part, entry):
     if not entry["rows"]:
         return f"cuts no {part}"
     return f"cuts {entry['rows']:,} {part}s ({entry['share']:.2%})"
+
+
+def choose_way(measures):
+    """Return the way of batching to recommend: the simplest that a more involved one does not beat by WORTH_IT."""
+    ways, best = measures["padding"]["ways"], "random"
+    for way in ("like_length",) if measures["task"] == "summarization" else ("like_length", "packing"):
+        best = way if ways[way]["speed"] >= WORTH_IT * ways[best]["speed"] else best
+    return best
 
 
 def recommend(measures, args, tokenizer):
@@ -879,14 +886,14 @@ def recommend(measures, args, tokenizer):
         flags.append({"flag": "--prompt_template", "value": "dolly", "why": why})
     if "padding" not in measures:
         return flags
-    ways = measures["padding"]["ways"]
-    like, packing = ways["like_length"]["speed"], ways["packing"]["speed"]
-    if task != "summarization" and packing >= WORTH_IT * max(like, 1):
+    way = choose_way(measures)
+    like, packing = (measures["padding"]["ways"][name]["speed"] for name in ("like_length", "packing"))
+    if way == "packing":
         per_row = measures["padding"]["rows"] / measures["padding"]["packed_rows"]
         why = f"{packing:.2f} times fewer positions than random batches ({like:.2f} by like length); "
         why += f"a packed row holds {per_row:.1f} examples, so divide the batch size by that to keep the steps alike"
         flags.append({"flag": "--packing", "value": None, "why": why})
-    elif like >= WORTH_IT:
+    elif way == "like_length":
         why = f"{like:.2f} times fewer positions than random batches"
         flags.append({"flag": "--train_sampling_strategy", "value": "group_by_length", "why": why})
     why = "the batch size that the padding was measured at"
@@ -1007,7 +1014,9 @@ def summarize(measured, scans, args, task, tokenizer, language):
         often = []
     measures["recommended"] = recommend(measures, args, tokenizer)
     measures["advice"] = advise(measures)
-    shown = choose_shown(train["columns"], train["languages"], args.shown_rows)
+    shown = choose_shown(
+        train["columns"], sum(list(lengths.values())[-len(maxima) :]), train["languages"], args.shown_rows
+    )
     return measures, lengths, (shown, pairs[: args.shown_rows].tolist(), often)
 
 
@@ -1037,9 +1046,12 @@ def draw_lengths(colors, lengths, part, limit):
     figure, axes = new_figure(colors)
     edge = max(int(np.percentile(lengths, 99.5)), limit or 0, 1) * 1.03
     step = max(round_to(edge / 60, 1), 1)
-    axes.hist(np.minimum(lengths, edge), bins=np.arange(0, edge + step, step), color=colors["main"], rwidth=0.9)
+    heights, _, _ = axes.hist(
+        np.minimum(lengths, edge), bins=np.arange(0, edge + step, step), color=colors["main"], rwidth=0.9
+    )
     if lengths.max() > edge:
-        axes.text(edge + step, axes.get_ylim()[1] * 0.3, "longer ", color=colors["soft"], ha="right", fontsize=8)
+        top = heights[-1] + 0.02 * axes.get_ylim()[1]
+        axes.text(edge + step, top, "and longer", color=colors["soft"], ha="right", va="bottom", fontsize=8)
     if limit:
         axes.axvline(limit, color=colors["mark"], linewidth=1.6)
         label = f"maximum {limit:,} "
@@ -1129,13 +1141,13 @@ def make_verdict(measures):
     """Return [(number, what it is, "good" | "look" | "")]: the figures at the top of the report."""
     duplicates, rows = measures["duplicates"], measures["rows"]["train"]
     cards = [(f"{rows['measured']:,}", "training rows", "")]
-    for part in PARTS[measures["task"]][-2:]:
+    for part in TASK_PARTS[measures["task"]][-2:]:
         entry = measures["lengths"][part]
         cards.append((f"{entry['p50']:,} / {entry['p99']:,}", f"tokens of the {part}: median / 99% have at most", ""))
     if "padding" in measures:
         ways = measures["padding"]["ways"]
-        best = "like_length" if measures["task"] == "summarization" else max(ways, key=lambda way: ways[way]["speed"])
-        name = {"random": "as it is", "like_length": "like-length batches", "packing": "packing"}[best]
+        best = choose_way(measures)
+        name = {"random": "random batches", "like_length": "batches of like length", "packing": "packing"}[best]
         cards.append((f"{ways['random']['real_share']:.0%}", "of random batches is text, the rest padding", ""))
         cards.append((f"{ways[best]['speed']:.2f}×", f"fewer positions with {name}", "good"))
     near = duplicates["exact_share"] + duplicates["near_share"]
