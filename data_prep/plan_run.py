@@ -30,7 +30,6 @@ import json
 import logging
 import math
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -92,6 +91,7 @@ def parse_args(argv=None):
     add("--host_memory", type=float, default=64, help="GB of the host.")
     add("--optimizer", choices=OPTIMIZERS, default="zero_adafactor", help="adafactor: the one of transformers.")
     add("--per_device_train_batch_size", type=int, default=8, help="Rows a GPU and pass.")
+    add("--gradient_accumulation_steps", type=int, default=1, help="Passes a step.")
     add("--max_source_length", type=int, default=256, help="Source tokens of an encoder-decoder.")
     add("--max_target_length", type=int, default=64, help="Target tokens of an encoder-decoder.")
     add("--max_seq_length", type=int, default=1024, help="Tokens of a causal model's row.")
@@ -112,8 +112,8 @@ def parse_args(argv=None):
 def check_args(args):
     """Return every problem with the arguments as a list of sentences."""
     problems = []
-    counts = ("num_gpus", "per_device_train_batch_size", "max_source_length", "max_target_length", "max_seq_length")
-    for flag in (*counts, "num_examples"):
+    counts = ("num_gpus", "per_device_train_batch_size", "gradient_accumulation_steps", "num_examples")
+    for flag in (*counts, "max_source_length", "max_target_length", "max_seq_length"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             problems.append(f"--{flag} {getattr(args, flag)}: must be 1 or more")
     for flag in ("gpu_memory", "host_memory", "mfu", "gpu_tflops"):
@@ -161,6 +161,8 @@ def load_config(name):
     known = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     if type(config) not in known._model_mapping:
         raise ValueError(f"--model {name}: {config.model_type} is no causal or encoder-decoder language model")
+    if not hasattr(config, "num_attention_heads") or not hasattr(config, "hidden_size"):
+        raise ValueError(f"--model {name}: {config.model_type} is of two configurations; plan the larger one alone")
     return config
 
 
@@ -180,7 +182,9 @@ def build_model(config, dtype, checkpointing=False):
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     model = auto.from_config(config, dtype=dtype).train()
     if checkpointing:
-        model.gradient_checkpointing_enable()
+        with warnings.catch_warnings():  # transformers 5.23 has a new name for it, 5.17 does not know that one
+            warnings.simplefilter("ignore", FutureWarning)
+            model.gradient_checkpointing_enable()
     return model
 
 
@@ -314,8 +318,7 @@ def track_pass(config, args, dtype, checkpointing):
     dtype: of the weights; the fp32 ones run under bf16 autocast, whose copies of the weights are counted, too.
     """
     attention = mock.patch("torch.nn.functional.scaled_dot_product_attention", fused_attention)
-    with FakeTensorMode(), MemoryMeter() as meter, attention, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with FakeTensorMode(), MemoryMeter() as meter, attention:
         model = build_model(config, dtype, checkpointing)
         batch, labels = make_batch(config, args)
         meter.mark("weights")
@@ -434,7 +437,16 @@ def plan_plain(kind, numbers, args, checkpointing):
     step = track_optimizer(args.optimizer, [numbers["largest"]] * 2, dtype)[1]
     if kind == "in_backward":
         return parts | {"step": 0, "activations": bare + step}
-    return parts | {"step": step + parts["buffers"], "activations": max(0, kept - parts["gradients"])}
+    return parts | {"step": step + parts["buffers"], "activations": beside_gradients(kept, bare, parts, args)}
+
+
+def beside_gradients(kept, bare, parts, args):
+    """
+    Return bytes of activations beside whole gradients.
+
+    In a step's only pass the gradients come while the activations go; in a further pass they are there already.
+    """
+    return bare if args.gradient_accumulation_steps > 1 else max(0, kept - parts["gradients"])
 
 
 def plan_zero(stage, offload, numbers, args, checkpointing):
@@ -449,7 +461,7 @@ def plan_zero(stage, offload, numbers, args, checkpointing):
     parts |= {"gradients": 2 * (count if stage < 2 else share), "state": state}
     # fp32 gradients of what is stepped beside the bf16 ones; these are freed before the optimizer runs.
     parts["step"] = max(4 * stepped, 2 * stepped + temporaries)
-    parts["activations"] = bare if stage > 1 else max(0, kept - parts["gradients"])
+    parts["activations"] = bare if stage > 1 else beside_gradients(kept, bare, parts, args)
     if stage < 3:
         parts["buffers"] = 2 * 2 * BUCKET  # two, because overlap_comm fills one while the other is on its way
     else:
@@ -459,6 +471,7 @@ def plan_zero(stage, offload, numbers, args, checkpointing):
         host = 4 * share + state + temporaries + pinned(share, 2)  # bf16 copies: weights (stage 2), gradients (3)
         host += pinned(share, 4, SUB_GROUP if stage == 3 else math.inf)
         host += pinned(largest, 2) if stage == 2 else 0
+        host += pinned(share, 2) if stage == 2 and args.gradient_accumulation_steps > 1 else 0  # the passes' sum
         parts["buffers"] += 2 * largest if stage == 2 else 0
         parts |= {"master": 0, "gradients": 0, "state": 0, "step": 0}
     if offload == "all":
@@ -483,7 +496,7 @@ def plan_all(numbers, args):
         for setting in SETTINGS:
             if setting[1] in PURE and args.optimizer != "zero_adafactor":
                 continue  # --pure_bf16 is ZeroAdafactor's
-            if setting[1] == "in_backward" and args.num_gpus > 1:
+            if setting[1] == "in_backward" and (args.num_gpus > 1 or args.gradient_accumulation_steps > 1):
                 continue
             parts = plan(setting, numbers, args, way)
             fits = parts["gpu"] <= args.gpu_memory * GB and parts["host"] <= args.host_memory * GB
@@ -548,10 +561,14 @@ def make_command(setting, checkpointing, config, args):
         words = [f"deepspeed --num_gpus {args.num_gpus} {script} --deepspeed {args.output_file or 'ZERO.json'}"]
     else:
         words = [f"torchrun --nproc_per_node {args.num_gpus} {script}" if args.num_gpus > 1 else f"python {script}"]
-    words += [f"--model_name_or_path {args.model}", "--pure_bf16" if kind in PURE else "--bf16"]
+    # A preset's shape may be on the hub under a longer name.
+    known = Path(args.model).exists() or "/" in args.model or args.model.startswith("t5-")
+    words += [f"--model_name_or_path {args.model if known else 'MODEL'}", "--pure_bf16" if kind in PURE else "--bf16"]
     words += ["--optim_args step_in_backward=true --max_grad_norm 0"] if kind == "in_backward" else []
     words += ["--optim adafactor"] if args.optimizer != "adamw" else []  # the default is AdamW, fused
     words += [f"--per_device_train_batch_size {args.per_device_train_batch_size}"]
+    steps = args.gradient_accumulation_steps
+    words += [f"--gradient_accumulation_steps {steps}"] if steps > 1 else []
     words += ["--gradient_checkpointing"] if checkpointing else []
     lengths = ("max_source_length", "max_target_length") if config.is_encoder_decoder else ("max_seq_length",)
     words += [f"--{name} {getattr(args, name)}" for name in lengths]
@@ -645,7 +662,7 @@ def compare_probe(config, args, argv):
     """Print the table of the probe and return predicted / measured of the whole; raises ValueError where it dies."""
     cuda = torch.cuda.is_available()
     predicted = predict_probe(config, args, cuda)
-    free = torch.cuda.mem_get_info()[0] if cuda else os.sysconf("SC_AVPHYS_PAGES") * resource.getpagesize()
+    free = torch.cuda.mem_get_info()[0] if cuda else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if max(predicted.values()) > free:
         raise ValueError(
             f"--probe: needs {max(predicted.values()) / GB:.1f} GB and {free / GB:.1f} GB are free here; "
@@ -657,20 +674,24 @@ def compare_probe(config, args, argv):
     if done.returncode:
         raise ValueError(f"--probe: the two steps ended with code {done.returncode}: {done.stderr.strip()[-300:]}")
     measured = json.loads(done.stdout.splitlines()[-1])
-    kind = "bf16 autocast, GPU" if cuda else "fp32, CPU"
-    checkpointing = ", gradient checkpointing" if args.gradient_checkpointing else ""
-    print(
-        f"{args.model}: {describe_rows(config, args)}, {kind}, {args.optimizer}{checkpointing}; two steps, peaks in MB"
-    )
-    print(f"{'':<16}{'predicted':>10}{'measured':>10}{'ratio':>8}")
-    rows = [(name, predicted[name], measured["peaks"][name]) for name in predicted]
-    rows.append(("in all", max(predicted.values()), max(measured["peaks"].values())))
-    for name, ours, theirs in rows:
-        print(f"{name:<16}{ours / 1e6:>10.0f}{theirs / 1e6:>10.0f}{ours / theirs:>8.3f}")
+    kind = ["fp32, CPU", "bf16 autocast, GPU"][cuda] + f", {args.optimizer}"
+    kind += ", gradient checkpointing" if args.gradient_checkpointing else ""
+    print(f"{args.model}: {describe_rows(config, args)}, {kind}; two steps, peaks in MB")
+    ratio = print_peaks(predicted, measured["peaks"])
     work = (4 / 3 if args.gradient_checkpointing else 1) * count_flops(config, args)
     rate = work * args.per_device_train_batch_size / measured["seconds"] / 1e12
     share = f", so --mfu {rate / args.gpu_tflops:.3f}" if args.gpu_tflops else ""
     print(f"second step {measured['seconds']:.2f} s, {rate:.3f} TFLOP/s{share}")
+    return ratio
+
+
+def print_peaks(predicted, measured):
+    """Print the peaks part by part and in all; returns predicted / measured in all."""
+    print(f"{'':<16}{'predicted':>10}{'measured':>10}{'ratio':>8}")
+    rows = [(name, predicted[name], measured[name]) for name in predicted]
+    rows.append(("in all", max(predicted.values()), max(measured.values())))
+    for name, ours, theirs in rows:
+        print(f"{name:<16}{ours / 1e6:>10.0f}{theirs / 1e6:>10.0f}{ours / theirs:>8.3f}")
     return rows[-1][1] / rows[-1][2]
 
 
