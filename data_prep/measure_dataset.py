@@ -689,22 +689,25 @@ def measure_vocabulary(counts, unknown_id, unknown_rows):
 def find_near_pairs(signatures):
     """Return pairs [n, 2] of rows whose estimated similarity is NEAR_SIMILARITY or more: banded, then compared."""
     keys = np.ascontiguousarray(signatures).view(np.uint64)
-    width, found = keys.shape[1] // NUM_BANDS, []
+    width, count = keys.shape[1] // NUM_BANDS, np.int64(len(keys))
+    found = np.empty(0, np.int64)  # a pair is one number, so that a million of them take 8 MB
     for band in range(NUM_BANDS):
         key = keys[:, band * width].copy()
         for column in range(band * width + 1, (band + 1) * width):
             key = key * np.uint64(0x9E3779B97F4A7C15) ^ keys[:, column]
         order = np.argsort(key, kind="stable")
-        new = np.concatenate([[True], key[order][1:] != key[order][:-1]])
-        first = order[np.maximum.accumulate(np.where(new, np.arange(len(new)), 0))]
+        key = key[order]
+        follows = np.flatnonzero(key[1:] == key[:-1]) + 1
+        starts = np.maximum.accumulate(np.where(np.isin(np.arange(len(key)), follows), 0, np.arange(len(key))))
         # Each row of a bucket against its first and against the one before it, not all against all.
-        before = np.concatenate([order[:1], order[:-1]])
-        found += [np.stack([first, order], 1)[~new], np.stack([before, order], 1)[~new]]
-    pairs = np.unique(np.sort(np.concatenate(found), axis=1), axis=0)
-    kept = [
-        chunk[(signatures[chunk[:, 0]] == signatures[chunk[:, 1]]).mean(axis=1) >= NEAR_SIMILARITY]
-        for chunk in np.array_split(pairs, max(len(pairs) // 50_000, 1))
-    ]
+        for other in (order[starts[follows]], order[follows - 1]):
+            low, high = np.minimum(other, order[follows]), np.maximum(other, order[follows])
+            found = np.union1d(found, low * count + high)
+    kept = []
+    for chunk in np.array_split(found, len(found) // 50_000 + 1):
+        first, second = chunk // count, chunk % count
+        near = (signatures[first] == signatures[second]).mean(axis=1) >= NEAR_SIMILARITY
+        kept.append(np.stack([first[near], second[near]], axis=1))
     return np.concatenate(kept)
 
 
@@ -730,8 +733,11 @@ def measure_duplicates(train, validation=None):
     exact ones.
     """
     rows, firsts = len(train["row_hash"]), np.unique(train["row_hash"], return_index=True)[1]
-    signatures = [train["signature"][firsts]] + ([validation["signature"]] if validation else [])
-    pairs = find_near_pairs(np.concatenate(signatures))
+    signatures = np.empty((len(firsts) + (len(validation["row_hash"]) if validation else 0), NUM_HASHES), np.uint16)
+    np.take(train["signature"], firsts, axis=0, out=signatures[: len(firsts)])
+    if validation:
+        signatures[len(firsts) :] = validation["signature"]
+    pairs = find_near_pairs(signatures)
     pairs_inside = pairs[(pairs < len(firsts)).all(axis=1)]
     near = len(firsts) - len(np.unique(join_pairs(pairs_inside, len(firsts))))
     counts = {"rows": rows, "exact": rows - len(firsts), "near": near}
@@ -1253,6 +1259,7 @@ computation. Packing puts {{ n(m.padding.rows) }} rows into {{ n(m.padding.packe
 
 <h2>Vocabulary</h2>
 <div class="wide"><table>
+<tr><td>tokens in the training rows, without templates<td class="n">{{ n(m.vocabulary.tokens) }}<td></tr>
 <tr><td>tokens in the vocabulary<td class="n">{{ n(m.vocabulary["size"]) }}<td></tr>
 <tr><td>of these used<td class="n">{{ n(m.vocabulary.used) }}<td class="n">{{ p(m.vocabulary.used_share) }}</tr>
 <tr><td>so many make up 99% of the text<td class="n">{{ n(m.vocabulary.cover_99) }}<td></tr>
