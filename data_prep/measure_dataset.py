@@ -472,6 +472,12 @@ def sign_rows(shingles, lengths, seed=1):
     return signatures
 
 
+def fold_texts(texts):
+    """Return a Series of texts in lower case, their words parted by single spaces; one without words stays."""
+    folded = texts.str.to_lowercase().str.replace_all(r"[^\p{L}\p{N}\p{M}]+", " ").str.strip_chars()
+    return folded.zip_with(folded != "", texts)
+
+
 def find_copies(sources, targets):
     """Return 0, or 1 where the target is the source, 2 where it starts it, 3 where it stands in it word for word."""
     table = pl.DataFrame({"source": sources, "target": targets}).with_columns(pl.all().str.to_lowercase())
@@ -545,6 +551,7 @@ def measure_texts(examples, tokenizer, args, task, language, identifier):
         "letters": table["both"].str.count_matches(r"\p{L}|\p{M}").to_numpy().astype(np.int32),
         "source_hash": table["source"].hash(seed=1).to_numpy(),
         "target_hash": table["target"].hash(seed=1).to_numpy(),
+        "folded_hash": fold_texts(table["target"]).hash(seed=1).to_numpy(),
         "row_hash": table["both"].hash(seed=1).to_numpy(),
         "copied": find_copies(sources, targets),
         "signature": sign_rows(*hash_shingles(words, word_lengths)),
@@ -554,22 +561,23 @@ def measure_texts(examples, tokenizer, args, task, language, identifier):
 
 
 def measure_file(path, task, rows, tokenizer, args, language, identifier):
-    """Return {"columns", "ordinal", "line", "vocabulary", "labels", "languages"} of a file, read in batches."""
+    """Return {"columns", "vocabulary", "labels", "languages"} of a file, read in batches."""
     examples, labels, languages, start = read_examples(path, task), Counter(), {}, 0
-    lines, parts, vocabulary = [], [], np.zeros(len(tokenizer), np.int64)
+    columns, vocabulary = {}, np.zeros(len(tokenizer), np.int64)
     with tqdm(total=rows, desc=f"measuring {path}", unit=" rows", unit_scale=True) as bar:
         while batch := list(itertools.islice(examples, ROWS_AT_A_TIME)):
             texts = [example for _, _, example in batch]
-            columns, counts, elsewhere = measure_texts(texts, tokenizer, args, task["task"], language, identifier)
-            lines.append(np.array([(ordinal, line) for ordinal, line, _ in batch], np.int64))
-            parts.append(columns)
+            measured, counts, elsewhere = measure_texts(texts, tokenizer, args, task["task"], language, identifier)
+            measured["ordinal"] = np.array([ordinal for ordinal, _, _ in batch])
+            for name, values in measured.items():
+                if name not in columns:  # at their full size at once: joining batches at the end would take twice that
+                    columns[name] = np.empty((rows, *values.shape[1:]), values.dtype)
+                columns[name][start : start + len(batch)] = values
             vocabulary += counts
             labels.update(label for _, _, _, label in texts)
             languages.update({start + index: name for index, name in elsewhere.items()})
             start += len(batch)
             bar.update(len(batch))
-    columns = {name: np.concatenate([part.pop(name) for part in parts]) for name in list(parts[0])}
-    columns["ordinal"], columns["line"] = np.concatenate(lines).T
     return {"columns": columns, "vocabulary": vocabulary, "labels": labels, "languages": languages}
 
 
@@ -698,7 +706,9 @@ def find_near_pairs(signatures):
         order = np.argsort(key, kind="stable")
         key = key[order]
         follows = np.flatnonzero(key[1:] == key[:-1]) + 1
-        starts = np.maximum.accumulate(np.where(np.isin(np.arange(len(key)), follows), 0, np.arange(len(key))))
+        starts = np.arange(len(key))
+        starts[follows] = 0
+        starts = np.maximum.accumulate(starts)
         # Each row of a bucket against its first and against the one before it, not all against all.
         for other in (order[starts[follows]], order[follows - 1]):
             low, high = np.minimum(other, order[follows]), np.maximum(other, order[follows])
@@ -757,7 +767,7 @@ def measure_duplicates(train, validation=None):
 def measure_targets(columns):
     """Return (counts of boilerplate and copied targets, [(index, rows)] of the most frequent targets)."""
     _, firsts, inverse, counts = np.unique(
-        columns["target_hash"], return_index=True, return_inverse=True, return_counts=True
+        columns["folded_hash"], return_index=True, return_inverse=True, return_counts=True
     )
     limit = max(FREQUENT_ROWS, FREQUENT_SHARE * len(inverse))
     often = [(int(firsts[i]), int(counts[i])) for i in np.argsort(-counts, kind="stable")[:10] if counts[i] >= limit]
@@ -825,14 +835,14 @@ def count_template(tokenizer, task):
     if task not in ("instruction", "chat"):
         return (1 if task == "text" else 0), 0, None
     turns = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
-    own = sum(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in ("one", "two"))
+    own = sum(len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) for text in ("one", "two"))
     sizes = []
     for rounds in (1, 2):
         if tokenizer.chat_template:
             text = tokenizer.apply_chat_template(turns * rounds, tokenize=False)
         else:
             text = DOLLY_INTRO + "\n\n### Instruction:\none\n\n### Response:\ntwo" * rounds
-        size = len(tokenizer(text, add_special_tokens=False)["input_ids"])
+        size = len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
         sizes.append(size - rounds * own + (0 if tokenizer.chat_template else 1 + rounds))  # BOS, and an EOS an answer
     return 2 * sizes[0] - sizes[1], sizes[1] - sizes[0], "the tokenizer's own" if tokenizer.chat_template else "dolly"
 
@@ -907,9 +917,14 @@ def recommend(measures, args, tokenizer):
     return flags
 
 
-def advise(measures):
+def advise(measures, cut_share):
     """Return [sentence]: what to look at in the data before training on it."""
     found, duplicates = [], measures["duplicates"]
+    for part, (flag, limit) in measures["maxima"].items():
+        entry = next(entry for entry in measures["lengths"][part]["cut"] if entry["limit"] == limit)
+        if entry["share"] > cut_share:
+            room = ", all that the model has room for" if limit == measures["max_positions"] else ""
+            found.append(f"--{flag} {limit}{room}, cuts {entry['rows']:,} {part}s ({entry['share']:.1%}).")
     if duplicates["exact"]:
         found.append(f"{duplicates['exact']:,} rows are exact copies of others: they count double. Drop them.")
     if duplicates["near_share"] >= 0.01:
@@ -929,7 +944,9 @@ def advise(measures):
         )
     targets = measures.get("targets")
     if targets and targets["frequent_share"] >= 0.01:
-        found.append(f"{targets['frequent_share']:.1%} of the targets are the same few texts: the model learns those.")
+        found.append(
+            f"{targets['frequent_share']:.1%} of the targets are the same few phrases: the model learns those."
+        )
     if targets and targets["copied_share"] >= 0.01:
         found.append(f"{targets['copied_share']:.1%} of the targets are copied from the source word for word.")
     if measures["language"]["other_rows"]:
@@ -1019,7 +1036,7 @@ def summarize(measured, scans, args, task, tokenizer, language):
         del measures["targets"]
         often = []
     measures["recommended"] = recommend(measures, args, tokenizer)
-    measures["advice"] = advise(measures)
+    measures["advice"] = advise(measures, args.max_cut_share)
     shown = choose_shown(
         train["columns"], sum(list(lengths.values())[-len(maxima) :]), train["languages"], args.shown_rows
     )
@@ -1235,13 +1252,12 @@ tokens a row, {{ m.template.answer }} an answer){% endif %} · measured {{ date 
 <h3>What each maximum cuts</h3>
 {{ figure("cut", "Share of rows cut at each maximum") }}
 <div class="wide"><table><tr><th class="n">at most{% for part in m.lengths %}<th class="n">{{ part }}s cut
-<th class="n">share<th class="n">of their tokens{% endfor %}</tr>
+<th class="n">share{% if part in m.maxima %}<th class="n">of their tokens{% endif %}{% endfor %}</tr>
 {% for limit, cells in cut_table %}<tr><td class="n">{{ n(limit) }}{% for part, c in cells %}
-{% set pick = ' pick' if part in m.maxima and m.maxima[part][1] == limit else '' %}{% if c %}
-<td class="n{{ pick }}">{{ n(c.rows) }}<td class="n{{ pick }}">{{ p(c.share) }}
-<td class="n{{ pick }}">{{ p(c.tokens_share) }}
-{%- else %}<td><td><td>{% endif %}{% endfor %}</tr>{% endfor %}</table></div>
-<p class="soft">In colour: the maxima {% for flag, limit in m.maxima.values() %}--{{ flag }} {{ limit }}
+{% set pick = ' pick' if part in m.maxima and m.maxima[part][1] == limit else '' %}
+<td class="n{{ pick }}">{{ n(c.rows) }}<td class="n{{ pick }}">{{ p(c.share) }}{% if part in m.maxima %}
+<td class="n{{ pick }}">{{ p(c.tokens_share) }}{% endif %}{% endfor %}</tr>{% endfor %}</table></div>
+<p class="soft">In colour: {% for flag, limit in m.maxima.values() %}--{{ flag }} {{ limit }}
 {%- if not loop.last %} and {% endif %}{% endfor %}.</p>
 
 {% if m.padding %}<h2>Padding</h2>
@@ -1290,8 +1306,8 @@ which finds about 95% of such pairs; case and punctuation do not count.</p>
 
 {% if m.targets %}<h2>Boilerplate</h2>
 <div class="wide"><table><tr><th>{{ second_part }}s<th class="n">rows<th class="n">share</tr>
-<tr><td>the same text in {{ n(m.targets.frequent_limit) }} rows or more<td class="n">{{ n(m.targets.frequent_rows) }}
-<td class="n">{{ p(m.targets.frequent_share) }}</tr>
+<tr><td>the same words in {{ n(m.targets.frequent_limit) }} rows or more, whatever their case
+<td class="n">{{ n(m.targets.frequent_rows) }}<td class="n">{{ p(m.targets.frequent_share) }}</tr>
 {% for key, words in copied %}<tr><td>{{ words }}<td class="n">{{ n(m.targets[key]) }}<td class="n">
 {{- p(m.targets[key] / m.rows.train.measured) }}</tr>{% endfor %}</table></div>
 {% if m.targets.frequent %}<div class="wide"><table><tr><th>most frequent {{ second_part }}s<th class="n">rows
@@ -1358,12 +1374,13 @@ def render_report(measures, figures):
 
 
 def tabulate_cut(lengths):
-    """Return [(limit, [(part, entry or None)])]: one row for each limit until no part is cut any more."""
-    entries = {part: {entry["limit"]: entry for entry in described["cut"]} for part, described in lengths.items()}
+    """Return [(limit, [(part, what it cuts)])]: one row for each limit until no part is cut any more."""
     rows = []
-    for limit in sorted({limit for cut in entries.values() for limit in cut}):
-        rows.append((limit, [(part, cut.get(limit)) for part, cut in entries.items()]))
-        if not any(entry is None or entry["rows"] for _, entry in rows[-1][1]):
+    for cells in zip(
+        *([(part, entry) for entry in described["cut"]] for part, described in lengths.items()), strict=True
+    ):
+        rows.append((cells[0][1]["limit"], cells))
+        if not any(entry["rows"] for _, entry in cells):
             break
     return rows
 

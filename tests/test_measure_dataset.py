@@ -51,6 +51,14 @@ def identifier():
     return tool.load_identifier()
 
 
+@pytest.fixture
+def quick(monkeypatch, identifier):
+    """main() without what takes its second: the identifier is loaded once, and the PNGs are empty."""
+    names = ("cut", "padding", "labels", *(f"{part}_lengths" for parts in tool.TASK_PARTS.values() for part in parts))
+    monkeypatch.setattr(tool, "load_identifier", lambda: identifier)
+    monkeypatch.setattr(tool, "draw_figures", lambda *_: dict.fromkeys(names, dict.fromkeys(tool.THEMES, b"")))
+
+
 def write_csv(path, rows, header=("review_body", "review_headline")):
     with open(path, "w", newline="", encoding="utf-8") as stream:
         csv.writer(stream).writerows([header, *rows])
@@ -215,11 +223,16 @@ def test_copied_targets_are_told_by_how_they_stand_in_the_source():
     assert tool.find_copies(sources, targets).tolist() == kinds
 
 
+def test_targets_are_the_same_whatever_their_case_and_punctuation():
+    texts = polars.Series(["Love it!", "love  it", "LOVE IT :)", ":)", "猫 が"])
+    assert tool.fold_texts(texts).to_list() == ["love it", "love it", "love it", ":)", "猫 が"]
+
+
 def test_frequent_targets_are_boilerplate():
     hashes = np.array([7] * 6 + [8] * 5 + list(range(100, 189)), np.uint64)
     copied = np.array([1, 2, 2, 3] + [0] * 96, np.uint8)
     tokens = {"target_tokens": np.array([5] * 2 + [1] * 98), "source_tokens": np.full(100, 3)}
-    measured, often = tool.measure_targets({"target_hash": hashes, "copied": copied, **tokens})
+    measured, often = tool.measure_targets({"folded_hash": hashes, "copied": copied, **tokens})
     assert often == [(0, 6), (6, 5)]
     assert (measured["frequent_limit"], measured["frequent_rows"], measured["frequent_share"]) == (5, 11, 0.11)
     assert [measured[key] for key, _ in tool.COPIED] == [1, 2, 1, 2] and measured["copied_share"] == 0.04
@@ -386,7 +399,7 @@ def test_texts_of_the_data_are_escaped(report):
     assert "<script>" not in html and "&lt;script&gt;alert(1)&lt;/script&gt;" in html and "&amp; poor" in html
 
 
-def test_the_recommended_flags_are_those_of_the_training_scripts(report, words, tmp_path):
+def test_the_recommended_flags_are_those_of_the_training_scripts(quick, report, words, tmp_path):
     rows = [{"instruction": f"{'the lens ' * i}", "response": "good " * (1 + i % 7)} for i in range(1, 60)]
     arguments = ["--train_file", write_jsonl(tmp_path / "a.jsonl", rows), "--tokenizer_name", words]
     assert tool.main([*arguments, "--output_dir", str(tmp_path / "out")]) == 0
@@ -398,6 +411,18 @@ def test_the_recommended_flags_are_those_of_the_training_scripts(report, words, 
             assert flag["flag"] in trainer or f"    {flag['flag'][2:]}: " in source, flag
     assert [flag["flag"] for flag in measures["recommended"]][:2] == ["--max_seq_length", "--prompt_template"]
     assert measures["lengths"]["prompt"]["max"] == 118 and measures["lengths"]["answer"]["max"] == 7
+
+
+def test_a_maximum_that_cuts_more_than_asked_for_is_said_first(quick, words, tmp_path):
+    rows = [{"instruction": "the lens " * i, "response": "good"} for i in range(1, 41)]
+    (tmp_path / "config.json").write_text('{"max_position_embeddings": 64}')
+    arguments = ["--train_file", write_jsonl(tmp_path / "a.jsonl", rows), "--tokenizer_name", words]
+    assert tool.main([*arguments, "--model_name_or_path", str(tmp_path), "--output_dir", str(tmp_path / "out")]) == 0
+    measures = json.loads((tmp_path / "out/measures.json").read_text())
+    over = sum(2 * i + 1 + measures["template"]["row"] + measures["template"]["answer"] > 64 for i in range(1, 41))
+    assert measures["maxima"] == {"example": ["max_seq_length", 64]} and over > 1
+    said = f"--max_seq_length 64, all that the model has room for, cuts {over} examples ({over / 40:.1%})."
+    assert measures["advice"][0] == said and "the model has no more positions" in measures["recommended"][0]["why"]
 
 
 def test_packing_is_recommended_where_it_beats_like_length_by_5_percent():
@@ -450,7 +475,7 @@ def test_chats_and_plain_text_are_read_as_prepare_instruct_writes_them():
     )
 
 
-def test_plain_text_has_lengths_and_no_targets(words, tmp_path):
+def test_plain_text_has_lengths_and_no_targets(quick, words, tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": f"{text} {i}"} for i, text in enumerate(ENGLISH * 3)])
     arguments = ["--train_file", path, "--tokenizer_name", words, "--output_dir", str(tmp_path / "out")]
     assert tool.main(arguments) == 0
