@@ -1587,7 +1587,7 @@ def use_packing(trainer, data_args) -> None:
     flash = "flash" in (trainer.model.config._attn_implementation or "")
     trainer.train_dataset = FilledRows(packed, filler)
     collator = trainer.data_collator
-    trainer.packed_collator = InstructCollator(collator.pad_token_id, True, flash, 1 if flash else collator.multiple)
+    trainer.train_collator = InstructCollator(collator.pad_token_id, True, flash, 1 if flash else collator.multiple)
     trainer.add_callback(PackingCheck(trainer))
     if trainer.is_world_process_zero():
         full = sum(len(row["input_ids"]) for row in packed.rows.select_columns("input_ids"))
@@ -1629,7 +1629,7 @@ def measure_packing(trainer) -> float:
     model = trainer.model.eval()
     logits = []
     for batch in ([both], rows[:1], rows[1:]):
-        collator = trainer.packed_collator if batch == [both] else trainer.data_collator
+        collator = trainer.train_collator if batch == [both] else trainer.data_collator
         inputs = trainer._prepare_inputs(collator(batch))
         length = sum(len(row["input_ids"]) for row in batch)
         inputs.pop("labels")
@@ -1688,6 +1688,28 @@ class TokenMeanTrainer(Seq2SeqTrainer):
     number of tokens and what else it counts.
     """
 
+    train_collator = None  # of the training rows, where they are packed
+    loss_head = None  # the output layer, where it makes the loss itself (fuse_loss_into_head)
+
+    def get_train_dataloader(self):
+        """The stock one; packed rows have a collator of their own."""
+        plain = self.data_collator
+        self.data_collator = self.train_collator or plain
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = plain
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        """The stock one, with the labels at hand where the output layer makes the loss."""
+        if self.loss_head is None:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        self.loss_head.labels = inputs["labels"]
+        try:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        finally:
+            self.loss_head.labels = None
+
     def _get_train_sampler(self, train_dataset=None):
         """The seeded random order of FilledSampler; other strategies and --dataloader_drop_last as in the library."""
         if self.args.train_sampling_strategy != "random" or self.args.dataloader_drop_last:
@@ -1727,16 +1749,6 @@ class InstructTrainer(TokenMeanTrainer):
 
     answer_config: GenerationConfig | None = None
     rouge_language = "en"
-    packed_collator = None  # of the training rows, where they are packed
-
-    def get_train_dataloader(self):
-        """The stock one; packed rows have a collator of their own."""
-        plain = self.data_collator
-        self.data_collator = self.packed_collator or plain
-        try:
-            return super().get_train_dataloader()
-        finally:
-            self.data_collator = plain
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None, **gen_kwargs):
         """Returns (token-mean loss of the batch, None, None); answers are generated in evaluation_loop."""
@@ -1763,9 +1775,81 @@ class InstructTrainer(TokenMeanTrainer):
         return output
 
 
+# Causal models whose last step is the output layer alone (others scale or cap the logits, or add losses of their own).
+FUSABLE = ("gemma", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "smollm3")
+
+
 def shift_labels(labels: torch.Tensor) -> torch.Tensor:
     """Labels (rows, tokens) moved one to the left: what each position has to predict; -100 at the end."""
     return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+
+
+LOSS_PIECE = 1024  # tokens whose logits stand in memory at once: 131 MB of fp32 at 32,000 words
+
+
+class HeadLoss(torch.autograd.Function):
+    """
+    Summed cross-entropy of an output layer's logits, which are made and dropped a piece at a time.
+
+    hidden: (tokens, width); weight: (vocabulary, width); labels: (tokens,) of ids. The gradients are made in the
+    forward pass, while the piece is there (Liger's fused linear cross-entropy, Hsu et al. 2024, arXiv 2410.10989);
+    softmax and sums are in fp32, products in autocast's dtype or the hidden states'.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, labels, label_smoothing):
+        device, count = hidden.device.type, weight.shape[0]
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        matrix, total = weight.to(dtype), hidden.new_zeros((), dtype=torch.float32)
+        hidden_grad = torch.empty_like(hidden)
+        weight_grad = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        for piece, target, grad in zip(
+            *(part.split(LOSS_PIECE) for part in (hidden, labels, hidden_grad)), strict=True
+        ):
+            piece, target = piece.to(dtype), target[:, None]
+            logits = (piece @ matrix.T).float()
+            norm = logits.logsumexp(dim=1, keepdim=True)
+            total += norm.sum() - (1 - label_smoothing) * logits.gather(1, target).sum()
+            if label_smoothing:
+                total -= label_smoothing * logits.mean(dim=1).sum()
+            slope = logits.sub_(norm).exp_().sub_(label_smoothing / count)
+            slope.scatter_add_(1, target, torch.full_like(target, label_smoothing - 1, dtype=torch.float32))
+            slope = slope.to(dtype)
+            grad.copy_(slope @ matrix)
+            if weight_grad is not None:
+                weight_grad += slope.T @ piece
+        ctx.save_for_backward(hidden_grad, weight_grad)
+        ctx.weight_dtype = weight.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx, scale):
+        hidden_grad, weight_grad = ctx.saved_tensors
+        if weight_grad is not None:
+            weight_grad = (weight_grad * scale).to(ctx.weight_dtype)
+        return (hidden_grad * scale).to(hidden_grad.dtype), weight_grad, None, None
+
+
+def fuse_loss_into_head(head: torch.nn.Module, label_smoothing: float, place_labels=lambda labels: labels) -> bool:
+    """
+    Make the output layer return, while head.labels is set, their summed loss in the place of logits.
+
+    place_labels moves labels to the positions that predict them. Positions that ask for nothing are left out, and
+    tokens x vocabulary never stands in memory at once. False where the layer is more than a matrix.
+    """
+    if type(head) is not torch.nn.Linear or head.bias is not None:
+        return False
+    make_logits, head.labels = head.forward, None
+
+    def forward(hidden):
+        if head.labels is None:
+            return make_logits(hidden)
+        labels = place_labels(head.labels)
+        asked = labels.ne(-100)
+        return HeadLoss.apply(hidden[asked], head.weight, labels[asked], label_smoothing)
+
+    head.forward = forward
+    return True
 
 
 def token_loss_sum(logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
@@ -1781,7 +1865,8 @@ def make_shifted_loss(label_smoothing: float):
     def loss(outputs, labels, num_items_in_batch=None):
         labels = shift_labels(labels)
         items = labels.ne(-100).sum() if num_items_in_batch is None else num_items_in_batch
-        return token_loss_sum(outputs.logits, labels, label_smoothing) / items
+        fused = outputs.logits.dim() == 0  # by fuse_loss_into_head
+        return (outputs.logits if fused else token_loss_sum(outputs.logits, labels, label_smoothing)) / items
 
     return loss
 
@@ -2095,6 +2180,10 @@ def make_trainer(model, tokenizer, splits: dict, data_args, training_args) -> In
         if training_args.use_liger_kernel
         else make_shifted_loss(training_args.label_smoothing_factor),
     )
+    if model.config.model_type in FUSABLE and not training_args.use_liger_kernel:
+        head = model.get_output_embeddings()
+        if fuse_loss_into_head(head, training_args.label_smoothing_factor, shift_labels):
+            trainer.loss_head = head
     stops = find_stop_ids(tokenizer, model.generation_config)
     trainer.answer_config = GenerationConfig(
         max_new_tokens=data_args.max_new_tokens,
