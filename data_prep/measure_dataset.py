@@ -432,6 +432,11 @@ def count_tokens(tokenizer, texts, special):
     return np.fromiter(itertools.chain.from_iterable(rows), np.int32, lengths.sum()), lengths
 
 
+def count_ids(tokenizer):
+    """Return one more than the largest token id; where ids are left out that is more than there are tokens."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
 def sum_rows(values, lengths):
     """Return the sum of each row of a flat array; an empty row has 0."""
     totals = np.concatenate([[0], np.cumsum(values)])
@@ -531,7 +536,7 @@ def find_languages(texts, words, lengths, language, identifier):
 
 
 def measure_texts(examples, tokenizer, args, task, language, identifier):
-    """Return ({name: array with a number a row}, token counts by id, {index: language}) of a batch of examples."""
+    """Return ({name: array with a number a row}, all token ids, {index: language}) of a batch of examples."""
     sources, targets, answers, _ = (list(column) for column in zip(*examples, strict=True))
     special = task == "summarization"
     source_ids, source_lengths = count_tokens(tokenizer, [args.source_prefix + text for text in sources], special)
@@ -557,23 +562,23 @@ def measure_texts(examples, tokenizer, args, task, language, identifier):
         "signature": sign_rows(*hash_shingles(words, word_lengths)),
     }
     elsewhere = find_languages(both, words, word_lengths, language, identifier)
-    return columns, np.bincount(np.concatenate([source_ids, target_ids]), minlength=len(tokenizer)), elsewhere
+    return columns, np.concatenate([source_ids, target_ids]), elsewhere
 
 
 def measure_file(path, task, rows, tokenizer, args, language, identifier):
     """Return {"columns", "vocabulary", "labels", "languages"} of a file, read in batches."""
     examples, labels, languages, start = read_examples(path, task), Counter(), {}, 0
-    columns, vocabulary = {}, np.zeros(len(tokenizer), np.int64)
+    columns, vocabulary = {}, np.zeros(count_ids(tokenizer), np.int64)
     with tqdm(total=rows, desc=f"measuring {path}", unit=" rows", unit_scale=True) as bar:
         while batch := list(itertools.islice(examples, ROWS_AT_A_TIME)):
             texts = [example for _, _, example in batch]
-            measured, counts, elsewhere = measure_texts(texts, tokenizer, args, task["task"], language, identifier)
+            measured, ids, elsewhere = measure_texts(texts, tokenizer, args, task["task"], language, identifier)
             measured["ordinal"] = np.array([ordinal for ordinal, _, _ in batch])
             for name, values in measured.items():
                 if name not in columns:  # at their full size at once: joining batches at the end would take twice that
                     columns[name] = np.empty((rows, *values.shape[1:]), values.dtype)
                 columns[name][start : start + len(batch)] = values
-            vocabulary += counts
+            vocabulary += np.bincount(ids, minlength=len(vocabulary))
             labels.update(label for _, _, _, label in texts)
             languages.update({start + index: name for index, name in elsewhere.items()})
             start += len(batch)
@@ -677,14 +682,14 @@ def measure_padding(lengths, capacity, batch_size, seed):
     return {"batch_size": batch_size, "real": real, "packed_rows": len(bins), "rows": len(first), "ways": ways}
 
 
-def measure_vocabulary(counts, unknown_id, unknown_rows):
+def measure_vocabulary(counts, size, unknown_id, unknown_rows):
     """Return how much of the vocabulary the data uses, in how many tokens lie 99 % of it, and the unknown share."""
     total, falling = int(counts.sum()), np.sort(counts)[::-1]
     unknown = int(counts[unknown_id]) if unknown_id is not None else 0
     return {
-        "size": len(counts),
+        "size": size,
         "used": int((counts > 0).sum()),
-        "used_share": float((counts > 0).mean()),
+        "used_share": float((counts > 0).sum() / size),
         "cover_99": int(np.searchsorted(np.cumsum(falling), 0.99 * total) + 1),
         "tokens": total,
         "unknown": unknown,
@@ -699,7 +704,7 @@ def find_near_pairs(signatures):
     keys = np.ascontiguousarray(signatures).view(np.uint64)
     width, count = keys.shape[1] // NUM_BANDS, np.int64(len(keys))
     found = np.empty(0, np.int64)  # a pair is one number, so that a million of them take 8 MB
-    for band in range(NUM_BANDS):
+    for band in tqdm(range(NUM_BANDS), desc="near-duplicates", unit=" bands", leave=False):
         key = keys[:, band * width].copy()
         for column in range(band * width + 1, (band + 1) * width):
             key = key * np.uint64(0x9E3779B97F4A7C15) ^ keys[:, column]
@@ -917,20 +922,24 @@ def recommend(measures, args, tokenizer):
     return flags
 
 
-def advise(measures, cut_share):
-    """Return [sentence]: what to look at in the data before training on it."""
-    found, duplicates = [], measures["duplicates"]
+def find_deep_cuts(measures, cut_share):
+    """Return [sentence]: maxima that cut more rows than was asked for."""
+    found = []
     for part, (flag, limit) in measures["maxima"].items():
         entry = next(entry for entry in measures["lengths"][part]["cut"] if entry["limit"] == limit)
         if entry["share"] > cut_share:
             room = ", all that the model has room for" if limit == measures["max_positions"] else ""
             found.append(f"--{flag} {limit}{room}, cuts {entry['rows']:,} {part}s ({entry['share']:.1%}).")
+    return found
+
+
+def advise(measures, cut_share):
+    """Return [sentence]: what to look at in the data before training on it."""
+    found, duplicates = find_deep_cuts(measures, cut_share), measures["duplicates"]
     if duplicates["exact"]:
         found.append(f"{duplicates['exact']:,} rows are exact copies of others: they count double. Drop them.")
     if duplicates["near_share"] >= 0.01:
-        found.append(
-            f"{duplicates['near']:,} rows nearly repeat another: read the pairs below, then drop one of each."
-        )
+        found.append(f"{duplicates['near']:,} rows nearly repeat another: read the pairs below before dropping any.")
     overlap = duplicates.get("overlap")
     if overlap and overlap["same_source"] + overlap["near"]:
         found.append(
@@ -1021,7 +1030,7 @@ def summarize(measured, scans, args, task, tokenizer, language):
         "maxima": maxima,
         "max_positions": positions,
         "lengths": {part: describe_lengths(row, candidates) for part, row in lengths.items()},
-        "vocabulary": measure_vocabulary(train["vocabulary"], unknown, train["columns"]["unknown"]),
+        "vocabulary": measure_vocabulary(train["vocabulary"], len(tokenizer), unknown, train["columns"]["unknown"]),
         "duplicates": duplicates,
         "language": measure_languages(language, train["languages"], scans["train"]["measured"]),
         "labels": measure_labels(train["labels"]) if task["label"] else [],
@@ -1040,6 +1049,7 @@ def summarize(measured, scans, args, task, tokenizer, language):
     shown = choose_shown(
         train["columns"], sum(list(lengths.values())[-len(maxima) :]), train["languages"], args.shown_rows
     )
+    pairs = pairs[np.unique(pairs[:, 0], return_index=True)[1]]  # of one cluster one pair is enough to see
     return measures, lengths, (shown, pairs[: args.shown_rows].tolist(), often)
 
 
@@ -1136,7 +1146,7 @@ def draw_figures(measures, lengths):
         drawings["padding"] = (draw_bars, list(names.values()), values, texts, "positions computed a real position")
     if measures["labels"]:
         top = measures["labels"][:15]
-        names = [str(entry["label"])[:30] for entry in top]
+        names = ["(none)" if entry["label"] is None else entry["label"][:30] for entry in top]
         texts = [f"{entry['rows']:,} ({entry['share']:.1%})" for entry in top]
         drawings["labels"] = (draw_bars, names, [entry["rows"] for entry in top], texts, "rows")
     figures = {}
@@ -1299,7 +1309,8 @@ computation. Packing puts {{ n(m.padding.rows) }} rows into {{ n(m.padding.packe
 <tr><td>validation rows that nearly are trained on<td class="n">{{ n(o.near) }}<td class="n">{{ p(o.near_share) }}</tr>
 {% endif %}{% endwith %}</table></div>
 <p class="soft">Near: {{ "%.0f" | format(near * 100) }}% or more of the runs of three words in common, by MinHash,
-which finds about 95% of such pairs; case and punctuation do not count.</p>
+which finds about 95% of such pairs; case and punctuation do not count.
+{%- if m.task in ("instruction", "chat") %} Two questions on one long text are such a pair too.{% endif %}</p>
 {% if m.near_pairs %}<details><summary>{{ m.near_pairs | length }} near-duplicate pairs</summary>
 {% for a, b in m.near_pairs %}<h3>Pair {{ loop.index }}</h3>{{ example(a) }}{{ example(b) }}{% endfor %}</details>
 {% endif %}
@@ -1392,7 +1403,7 @@ def encode_image(png):
 
 def format_measures(measures):
     """Return the table that ends the program's output."""
-    lines = [("", "mean", "median", "95 %", "99 %", "longest", "cut at", "rows cut")]
+    lines = [("", "mean", "median", "95%", "99%", "longest", "cut at", "rows cut")]
     for part, entry in measures["lengths"].items():
         limit = measures["maxima"].get(part, (None, None))[1]
         cut = next((f"{c['share']:.2%}" for c in entry["cut"] if c["limit"] == limit), "")

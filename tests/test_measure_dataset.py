@@ -141,11 +141,11 @@ def test_the_packer_is_that_of_the_training_script():
 
 
 def test_vocabulary_in_use_and_unknown_share():
-    measured = tool.measure_vocabulary(np.array([5, 90, 4, 1, 0]), 0, np.array([0, 5, 0]))
+    measured = tool.measure_vocabulary(np.array([5, 90, 4, 1, 0]), 5, 0, np.array([0, 5, 0]))
     assert (measured["size"], measured["used"], measured["used_share"]) == (5, 4, 0.8)
     assert (measured["unknown"], measured["unknown_share"], measured["rows_with_unknown"]) == (5, 0.05, 1)
     assert measured["cover_99"] == 3  # 90 + 5 + 4 of 100
-    assert tool.measure_vocabulary(np.array([1]), None, np.array([0]))["has_unknown_token"] is False
+    assert tool.measure_vocabulary(np.array([1]), 1, None, np.array([0]))["has_unknown_token"] is False
 
 
 def test_words_ignore_case_and_punctuation_and_unspaced_scripts_count_letters():
