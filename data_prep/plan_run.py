@@ -21,7 +21,8 @@ Predicted against measured, two real steps on this machine, in seconds:
 
 --model is a preset of init_model.py (beside this script), a model folder, or a name on the hub, of which only the
 configuration is read. Activations are not a formula: the training step runs on fake tensors, which have shapes but no
-storage, and every allocation is counted. What DeepSpeed adds was read in its source (0.19.8), not measured on GPUs.
+storage, and every allocation is counted. What DeepSpeed adds was read in its source (0.19.8) and compared with the
+tensors it held on two CPU ranks, not measured on GPUs.
 """
 
 import argparse
@@ -455,12 +456,16 @@ def plan_zero(stage, offload, numbers, args, checkpointing):
     share, largest = count / gpus, math.prod(numbers["largest"])
     kept, bare = numbers["passes"][torch.bfloat16, checkpointing]
     state = {"adamw": 8 * share, "adafactor": 4 * share, "zero_adafactor": factors}[args.optimizer]
-    stepped = min(share, SUB_GROUP) if stage == 3 else share
+    stepped = min(share, SUB_GROUP + largest / gpus) if stage == 3 else share  # a sub-group ends behind its limit
     temporaries = step_temporaries(args.optimizer, stepped, factors, offload)
     parts = {"weights": 2 * (count if stage < 3 else share), "master": 4 * share}
     parts |= {"gradients": 2 * (count if stage < 2 else share), "state": state}
-    # fp32 gradients of what is stepped beside the bf16 ones; these are freed before the optimizer runs.
-    parts["step"] = max(4 * stepped, 2 * stepped + temporaries)
+    # DeepSpeed copies the bf16 gradients of what it steps into one tensor, and that into an fp32 one; by then stage 1
+    # has dropped what other ranks step. When the optimizer runs the fp32 ones are left, under stage 3 all bf16 ones.
+    if stage == 3:
+        parts["step"] = max(6 * stepped, 4 * stepped + temporaries)
+    else:
+        parts["step"] = max(0, max(8 * share, 4 * share + temporaries) - parts["gradients"])
     parts["activations"] = bare if stage > 1 else beside_gradients(kept, bare, parts, args)
     if stage < 3:
         parts["buffers"] = 2 * 2 * BUCKET  # two, because overlap_comm fills one while the other is on its way
@@ -486,7 +491,7 @@ def step_temporaries(optimizer, elements, factors, offload):
         return 0  # fused on the GPU, DeepSpeed's CPU Adam in host memory
     if optimizer == "adafactor":
         return track_optimizer("adafactor", [(int(elements),)], torch.float32)[1]
-    return 2 * factors + 4 * 4 * 2**22  # sums and their scaled copies; blocks of 16 MB
+    return 2 * factors + 4 * 4 * min(2**22, elements)  # sums and their scaled copies; blocks of 16 MB
 
 
 def plan_all(numbers, args):
