@@ -73,6 +73,7 @@ NAMED_LINES = 5  # odd rows that are named for each reason; all of them are coun
 CUT_CANDIDATES = (32, 64, 128, 256, 512, 1024, 2048)
 # Recommended lengths are multiples of these: matrix products come in tiles.
 LENGTH_STEP, SEQUENCE_STEP = 8, 64
+TEXT_LENGTH = 1024  # rows that plain text is cut into
 WORTH_IT = 1.05  # a way of batching is recommended if it computes 5 % fewer positions than the simpler one
 
 # Letters that are written without spaces between words count as a word each.
@@ -873,6 +874,8 @@ def choose_maxima(lengths, args, task, positions):
             for part in TASK_PARTS[task]
         }
     best = args.max_seq_length or choose_maximum(lengths["example"], args.max_cut_share, SEQUENCE_STEP, positions)
+    if task == "text" and not args.max_seq_length:
+        best = min(TEXT_LENGTH, positions or TEXT_LENGTH)  # the training script's own default
     return {"example": ("max_seq_length", best)}
 
 
@@ -894,6 +897,11 @@ def choose_way(measures):
 def recommend(measures, args, tokenizer):
     """Return [{"flag", "value", "why"}] in the order of a command line; value None: a flag without one."""
     flags, task = [], measures["task"]
+    if task == "text":
+        limit = measures["maxima"]["example"][1]
+        rows = -(-measures["lengths"]["example"]["total"] // limit)
+        why = f"texts are joined and cut into rows of this length, about {rows:,}: none is lost, none is padded"
+        return [{"flag": "--max_seq_length", "value": limit, "why": why}]
     for part, (flag, limit) in measures["maxima"].items():
         entry = next(entry for entry in measures["lengths"][part]["cut"] if entry["limit"] == limit)
         why = f"{describe_cut(part, entry)}; the longest has {measures['lengths'][part]['max']:,} tokens"
@@ -925,7 +933,7 @@ def recommend(measures, args, tokenizer):
 def find_deep_cuts(measures, cut_share):
     """Return [sentence]: maxima that cut more rows than was asked for."""
     found = []
-    for part, (flag, limit) in measures["maxima"].items():
+    for part, (flag, limit) in measures["maxima"].items() if measures["task"] != "text" else ():
         entry = next(entry for entry in measures["lengths"][part]["cut"] if entry["limit"] == limit)
         if entry["share"] > cut_share:
             room = ", all that the model has room for" if limit == measures["max_positions"] else ""
@@ -1261,6 +1269,8 @@ tokens a row, {{ m.template.answer }} an answer){% endif %} · measured {{ date 
 {% for part in m.lengths %}{{ figure(part ~ "_lengths", "Histogram of the " ~ part ~ "'s tokens") }}{% endfor %}
 <h3>What each maximum cuts</h3>
 {{ figure("cut", "Share of rows cut at each maximum") }}
+{% if m.task == "text" %}<p>Plain text is not cut off but cut up: the script joins the texts and makes rows of the
+maximum, so that these are the texts longer than a row.</p>{% endif %}
 <div class="wide"><table><tr><th class="n">at most{% for part in m.lengths %}<th class="n">{{ part }}s cut
 <th class="n">share{% if part in m.maxima %}<th class="n">of their tokens{% endif %}{% endfor %}</tr>
 {% for limit, cells in cut_table %}<tr><td class="n">{{ n(limit) }}{% for part, c in cells %}
@@ -1408,6 +1418,7 @@ def format_measures(measures):
         limit = measures["maxima"].get(part, (None, None))[1]
         cut = next((f"{c['share']:.2%}" for c in entry["cut"] if c["limit"] == limit), "")
         numbers = (f"{entry['mean']:.1f}", *(f"{entry[key]:,}" for key in ("p50", "p95", "p99", "max")))
+        cut = "" if measures["task"] == "text" else cut
         lines.append((f"{part} tokens", *numbers, f"{limit:,}" if limit else "", cut))
     text = ["".join(f"{cell:>{9 if i else 0}}".ljust(0 if i else 16) for i, cell in enumerate(line)) for line in lines]
     for name, way in measures.get("padding", {"ways": {}})["ways"].items():

@@ -481,7 +481,8 @@ def test_plain_text_has_lengths_and_no_targets(quick, words, tmp_path):
     assert tool.main(arguments) == 0
     measures = json.loads((tmp_path / "out/measures.json").read_text())
     assert "targets" not in measures and "padding" not in measures and list(measures["lengths"]) == ["example"]
-    assert [flag["flag"] for flag in measures["recommended"]] == ["--max_seq_length"]
+    assert [(flag["flag"], flag["value"]) for flag in measures["recommended"]] == [("--max_seq_length", 1024)]
+    assert "about 1: none is lost" in measures["recommended"][0]["why"]
 
 
 # ------------------------------------------------------------------------------------------------ bad input
