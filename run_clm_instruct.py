@@ -304,6 +304,7 @@ def parse_arguments(argv: list[str], classes: tuple, find_problems):
     ]
     if replaced:
         raise UsageError("\n".join(replaced))
+    parser.set_defaults(bf16=None)
     if argv and argv[0].endswith(".json"):
         take_defaults_from_json(parser, argv.pop(0))
     namespace = parser.parse_args(argv)
@@ -312,6 +313,8 @@ def parse_arguments(argv: list[str], classes: tuple, find_problems):
         namespace.use_cpu = True
     if namespace.pure_bf16:
         namespace.bf16 = False  # there is nothing left to cast
+    if namespace.bf16 is None:
+        namespace.bf16 = choose_bf16(namespace)
     problems = find_problems(namespace)
     if problems:
         raise UsageError("\n".join(problems))
@@ -352,6 +355,31 @@ def take_defaults_from_json(parser: argparse.ArgumentParser, path: str) -> None:
 def has_accelerator() -> bool:
     """Whether torch sees a GPU or another device that the trainer would use."""
     return torch.cuda.is_available() or (hasattr(torch, "accelerator") and torch.accelerator.is_available())
+
+
+def choose_bf16(args: argparse.Namespace) -> bool:
+    """bf16 where neither flag nor file says anything about precision and the hardware has instructions for it."""
+    if args.fp16 or "ACCELERATE_MIXED_PRECISION" in os.environ:  # the latter is set by `accelerate launch`
+        return False
+    if args.deepspeed:
+        try:
+            if json.loads(Path(args.deepspeed).read_text(encoding="utf-8"))["bf16"]["enabled"] != "auto":
+                return False
+        except (OSError, ValueError, LookupError, TypeError):  # find_deepspeed_problems says what is wrong with it
+            return False
+    if args.use_cpu:
+        known = has_cpu_bf16()
+    else:
+        known = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+    if known and int(os.environ.get("RANK", 0)) == 0:
+        print("bf16: this hardware has it (--bf16 false for fp32).", flush=True)
+    return known
+
+
+def has_cpu_bf16() -> bool:
+    """Whether the CPU multiplies bf16 matrices in hardware (AMX, AVX-512 BF16); elsewhere bf16 takes twice as long."""
+    known = torch.cpu.get_capabilities()
+    return bool(known.get("amx_bf16") or known.get("avx512_bf16"))
 
 
 def become_the_only_rank() -> None:

@@ -15,6 +15,8 @@ from launch_places import cluster, master  # noqa: F401  fixtures
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "data_prep")]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# `accelerate launch` says so too: no bf16 by default, for equality in fp32, whatever the machine has.
+os.environ.setdefault("ACCELERATE_MIXED_PRECISION", "no")
 # The models here are tiny: a second thread gains nothing, and beside other work it makes a run 10 times slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

@@ -193,3 +193,28 @@ def test_a_run_killed_in_its_last_evaluation_may_go_on_and_curves_alone_refuse_n
     assert script.find_output_problems(args) == []
     (tmp_path / "trainer_state.json").write_text("{}")
     assert "holds a finished run" in script.find_output_problems(args)[0]
+
+
+def test_bf16_is_the_default_where_the_hardware_has_it_and_nothing_else_rules(work, tmp_path, monkeypatch):
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
+    argv = ["--model_name_or_path", work / "tiny-t5", "--output_dir", tmp_path / "out", "--do_train", "--train_file"]
+    argv = [*map(str, [*argv, work / "train.csv"]), "--use_cpu"]
+
+    def has_bf16(*flags) -> bool:
+        parsed = script.parse_arguments([*argv, *flags], script.SUMMARIZATION_ARGUMENTS, lambda args: [])
+        return parsed[2].bf16
+
+    monkeypatch.setattr(script, "has_cpu_bf16", lambda: False)
+    assert not has_bf16() and has_bf16("--bf16")
+    monkeypatch.setattr(script, "has_cpu_bf16", lambda: True)
+    assert has_bf16() and not has_bf16("--bf16", "false") and not has_bf16("--pure_bf16")
+    choose = script.choose_bf16
+    for content, chosen in (
+        ('{"bf16": {"enabled": "auto"}}', True),
+        ('{"bf16": {"enabled": false}}', False),
+        ("{}", False),
+    ):
+        (tmp_path / "ds.json").write_text(content)
+        assert choose(SimpleNamespace(fp16=False, use_cpu=True, deepspeed=tmp_path / "ds.json")) == chosen
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    assert not has_bf16()
