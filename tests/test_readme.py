@@ -10,6 +10,7 @@ import pytest
 from transformers import HfArgumentParser
 
 import init_model
+import plan_run
 import prepare_reviews
 import run_clm_instruct
 import run_generation
@@ -67,6 +68,12 @@ def test_the_commands_on_spark_parse():
     assert "--num_beams" in flags
     assert spark_dataset.parse_args(words_after("spark_dataset.py")).output_file == "data/train.parquet"
     assert prepare_reviews.parse_args(words_after("prepare_reviews.py")).engine == "spark"
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "plan_run.py --" in c])
+def test_every_planning_command_parses(command):
+    args = plan_run.parse_args(shlex.split(command.partition("plan_run.py ")[2]))
+    assert args.model in init_model.T5_PRESETS | init_model.LLAMA_PRESETS
 
 
 def test_every_decoding_flag_named_is_one():
