@@ -21,7 +21,7 @@ Instructions or chats as prepare_instruct.py writes them, for run_clm_instruct.p
         --model_name_or_path meta-llama/Llama-2-7b-hf --per_device_train_batch_size 16 --output_dir reports/dolly
 
 The file is read three times: to check it, to measure it, and to fetch the rows that are shown. Of a row only numbers
-stay in memory: a million reviews took 1.4 GB, and 8 minutes on two cores that had other work too.
+stay in memory: a million reviews took 1.4 GB, and 5 minutes on two cores that had other work too.
 """
 
 import argparse
