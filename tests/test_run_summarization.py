@@ -59,7 +59,7 @@ def four_ways(work, trained) -> dict[str, Path]:
     ranks = ["deepspeed", "--num_gpus", "2", "--master_port", "29571", SCRIPT]
     ways = {
         "16x1": ([sys.executable, SCRIPT], 16, 1, None),
-        "4x4": ([sys.executable, SCRIPT], 4, 4, None),
+        "4x4, padded": ([sys.executable, SCRIPT, "--no_packing"], 4, 4, None),
         "2 ranks 8x1 ZeRO-2": (ranks, 8, 1, "zero2.json"),
         "2 ranks 4x2 ZeRO-3": (ranks, 4, 2, "zero3.json"),
     }
@@ -73,7 +73,7 @@ def four_ways(work, trained) -> dict[str, Path]:
     return outs
 
 
-WAYS = ["4x4", "2 ranks 8x1 ZeRO-2", "2 ranks 4x2 ZeRO-3"]
+WAYS = ["4x4, padded", "2 ranks 8x1 ZeRO-2", "2 ranks 4x2 ZeRO-3"]
 
 
 @pytest.mark.parametrize("way", WAYS)
