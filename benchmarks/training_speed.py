@@ -59,8 +59,8 @@ def parse_arguments() -> argparse.Namespace:
 # ------------------------------------------------------------------------------------------------ a worker
 
 
-def make_clock():
-    """A callback that times steps and counts positions; what it saw is in its class attributes."""
+def make_clock(count_positions):
+    """A callback that times steps and keeps count_positions(model, kwargs of its forward) of each batch."""
     import torch
     from transformers import TrainerCallback
 
@@ -81,11 +81,16 @@ def make_clock():
             Clock.peak = measure_memory(torch)
 
     def count(model, args, kwargs):
-        labels = kwargs["labels"] if "labels" in kwargs else model.lm_head.labels  # ours: the head makes the loss
-        mask = kwargs["attention_mask"]
-        Clock.counts.append((int(mask.ne(0).sum()), mask.numel(), int(labels.ne(-100).sum()), labels.numel()))
+        Clock.counts.append(count_positions(model, kwargs))
 
     return Clock
+
+
+def count_positions(model, kwargs: dict) -> tuple[int, int, int, int]:
+    """Real and computed positions of a batch: of sources, of targets."""
+    labels = kwargs["labels"] if "labels" in kwargs else model.lm_head.labels  # ours: the head makes the loss
+    mask = kwargs["attention_mask"]
+    return int(mask.ne(0).sum()), mask.numel(), int(labels.ne(-100).sum()), labels.numel()
 
 
 def measure_memory(torch) -> float:
@@ -199,7 +204,7 @@ def work(args: argparse.Namespace) -> None:
     """One side, one round; prints what it measured as JSON."""
     import transformers
 
-    clock = make_clock()
+    clock = make_clock(count_positions)
     transformers.trainer.DEFAULT_CALLBACKS.append(clock)
     with tempfile.TemporaryDirectory() as folder:
         (train_stock if args.side == "stock" else train_ours)(args, folder)
@@ -241,9 +246,9 @@ def make_inputs(args: argparse.Namespace, folder: Path) -> None:
         setattr(args, name, str(Path(getattr(args, name)).resolve()))
 
 
-def run_worker(args: argparse.Namespace, side: str) -> dict | str:
+def run_worker(script: str, args: argparse.Namespace, side: str) -> dict | str:
     """What one side measured, or why it has nothing: out of memory, or an error's last line."""
-    words = [sys.executable, __file__, "--side", side, *(["--bf16"] if args.bf16 else [])]
+    words = [sys.executable, script, "--side", side, *(["--bf16"] if args.bf16 else [])]
     for name, value in vars(args).items():
         if name not in ("side", "sides", "bf16", "rounds") and value is not None:
             words += [f"--{name}", str(value)]
@@ -256,8 +261,17 @@ def run_worker(args: argparse.Namespace, side: str) -> dict | str:
     return f"failed with {done.returncode}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}"
 
 
-def print_table(rounds: list[dict]) -> dict:
-    """A line a side: medians, and the ratio to the first side with its spread; returns these as a dict."""
+def take_turns(script: str, args: argparse.Namespace) -> list[dict]:
+    """Each round's measurements by side."""
+    rounds = []
+    for number in range(args.rounds):
+        rounds.append({side: run_worker(script, args, side) for side in args.sides})
+        print(f"round {number + 1} of {args.rounds} done", file=sys.stderr, flush=True)
+    return rounds
+
+
+def print_table(rounds: list[dict], measure: str) -> dict:
+    """A line a side: medians, and the measure's ratio to the first side with its spread; returns these as a dict."""
     first = next(iter(rounds[0]))
     names = list(next(r for r in rounds[0].values() if isinstance(r, dict)))
     print(f"{'':<12}" + "".join(f"{name:>17}" for name in names) + f"{'ratio':>8}{'spread':>14}")
@@ -269,7 +283,7 @@ def print_table(rounds: list[dict]) -> dict:
             continue
         line = {name: statistics.median(m[name] for m in measured) for name in names}
         both = [r for r in rounds if isinstance(r[side], dict) and isinstance(r[first], dict)]
-        ratios = [r[side]["examples/s"] / r[first]["examples/s"] for r in both] or [float("nan")]
+        ratios = [r[side][measure] / r[first][measure] for r in both] or [float("nan")]
         results[side] = line | {"ratio": statistics.median(ratios)}
         spread = f"{min(ratios):.2f}-{max(ratios):.2f}"
         print(
@@ -287,10 +301,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         make_inputs(args, Path(folder))
-        rounds = []
-        for number in range(args.rounds):
-            rounds.append({side: run_worker(args, side) for side in args.sides})
-            print(f"round {number + 1} of {args.rounds} done", file=sys.stderr, flush=True)
+        rounds = take_turns(__file__, args)
     threads = os.environ.get("OMP_NUM_THREADS") or os.cpu_count()
     print(
         f"{args.preset} shape, batches of {args.per_device_train_batch_size}, {'bf16' if args.bf16 else 'fp32'}, "
@@ -298,7 +309,7 @@ def main() -> None:
     )
     for side in args.sides:
         print(f"  {side}: {SIDES[side]}")
-    print(json.dumps(print_table(rounds)))
+    print(json.dumps(print_table(rounds, "examples/s")))
 
 
 if __name__ == "__main__":

