@@ -48,6 +48,9 @@ def why_no_hosts() -> str | None:
     return None if tried.returncode == 0 else f"no namespaces here: {tried.stderr.strip()[-200:]}"
 
 
+needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="Spark needs Java 17 or later on the PATH")
+
+
 def find_port() -> int:
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))

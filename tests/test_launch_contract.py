@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from conftest import ROOT, run
-from launch_places import OVER_TWO_HOSTS, find_port, why_no_hosts
+from launch_places import OVER_TWO_HOSTS, find_port, needs_java, why_no_hosts
 
 pytestmark = [pytest.mark.launchers, pytest.mark.timeout(600)]
 SCRIPT = ROOT / "run_summarization.py"
@@ -60,7 +60,7 @@ def by_python(work) -> list[tuple[int, float, float]]:
     return read_steps(work / "by_python")
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [pytest.param(way, marks=[needs_java] if "spark" in way else []) for way in WAYS])
 def test_the_same_argument_list_gives_the_losses_of_python(work, by_python, way, request, tmp_path):
     if way == "deepspeed over two hosts" and (reason := why_no_hosts()):
         pytest.skip(reason)

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from conftest import ROOT, make_rows, run, write_csv
-from launch_places import find_port, wait_for
+from launch_places import find_port, needs_java, wait_for
 
-pytestmark = pytest.mark.launchers
+pytestmark = [pytest.mark.launchers, pytest.mark.timeout(600), needs_java]
 LAUNCHER, SCRIPT = ROOT / "launchers/spark_train.py", ROOT / "run_summarization.py"
 sys.path.insert(0, str(ROOT / "launchers"))
 
