@@ -1660,18 +1660,23 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 def use_fast_path(trainer, data_args) -> None:
-    """Pack the training rows and make the loss without logits where the model is known to allow it."""
+    """Pack the training rows and make the loss without logits where the model allows it; say what is done."""
     model, training_args = trainer.model, trainer.args
-    if model.config.model_type not in PACKABLE or not training_args.do_train:
+    if not training_args.do_train:
         return
-    if fuse_loss_into_head(model.get_output_embeddings(), training_args.label_smoothing_factor):
+    known = model.config.model_type in PACKABLE
+    if known and fuse_loss_into_head(model.get_output_embeddings(), training_args.label_smoothing_factor):
         trainer.loss_head = model.get_output_embeddings()
-    if data_args.packing and data_args.ignore_pad_token_for_loss and not data_args.pad_to_max_length:
+    packing = known and data_args.packing and data_args.ignore_pad_token_for_loss and not data_args.pad_to_max_length
+    if packing:
         collator = trainer.data_collator
         keep_examples_apart(model)
         trainer.train_collator = PackingCollator(
             collator.tokenizer.pad_token_id, model.config.decoder_start_token_id, collator.pad_to_multiple_of
         )
+    if trainer.is_world_process_zero():
+        padded = "batches are padded" + ("" if known else f": {model.config.model_type} models cannot be packed")
+        print("packing: a batch's rows stand end to end (--no_packing pads them)" if packing else padded, flush=True)
 
 
 def set_up_logging(training_args) -> None:
