@@ -31,8 +31,10 @@ import gzip
 import io
 import itertools
 import json
+import math
 import os
 import random
+import shlex
 import sys
 import time
 import zlib
@@ -59,7 +61,6 @@ SUMMARY_COLUMNS = (
     ("dialogue", "summary"),
     ("text", "summary"),
 )
-TASK_COLUMNS = {"instruction": "instruction", "messages": "chat", "text": "text"}  # what prepare_instruct.py writes
 TASK_PARTS = {
     "summarization": ("source", "target"),
     "instruction": ("prompt", "answer", "example"),
@@ -74,6 +75,8 @@ CUT_CANDIDATES = (32, 64, 128, 256, 512, 1024, 2048)
 LENGTH_STEP, SEQUENCE_STEP = 8, 64
 TEXT_LENGTH = 1024  # rows that plain text is cut into
 WORTH_IT = 1.05  # a way of batching is recommended if it computes 5 % fewer positions than the simpler one
+PACKED_BATCHES = 200  # random batches that are packed as run_summarization.py packs them, to measure what that saves
+WAYS = {"random": "random batches", "like_length": "batches of like length", "packing": "packing"}
 
 # Letters that are written without spaces between words count as a word each.
 WORD = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]|[\w'’]+"
@@ -173,13 +176,14 @@ def load_fast_tokenizer(args):
         raise ValueError(f"{flag} {name}: no tokenizer could be loaded ({str(error).splitlines()[0]})") from error
 
 
-def read_max_positions(args):
-    """Return how many positions the model in a local folder has; None if its configuration names none."""
-    path = Path(args.model_name_or_path or "") / "config.json"
+def read_config(args):
+    """Return the model's configuration as a dict; an empty one if no model is named or it has none."""
+    from transformers import PreTrainedConfig
+
     try:
-        return json.loads(path.read_text(encoding="utf-8")).get("max_position_embeddings")
-    except (OSError, ValueError):
-        return None
+        return PreTrainedConfig.get_config_dict(args.model_name_or_path)[0] if args.model_name_or_path else {}
+    except OSError:
+        return {}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -286,23 +290,24 @@ def choose_task(path, columns, args):
     label = args.label_column or next((name for name in ("category", "label") if name in columns), None)
     if args.summary_column and not args.text_column:
         raise ValueError(f"--summary_column {args.summary_column}: name the texts' column too, by --text_column")
+    known = next((list(names) for names in SUMMARY_COLUMNS if set(names) <= set(columns)), None)
     if args.text_column:
         names = [args.text_column] + ([args.summary_column] if args.summary_column else [])
-        return {"task": "summarization" if args.summary_column else "text", "columns": names, "label": label}
-    if {"instruction", "response"} <= set(columns):
-        names = [name for name in ("instruction", "context", "response") if name in columns]
-        return {"task": "instruction", "columns": names, "label": label}
-    if "messages" in columns:
-        return {"task": "chat", "columns": ["messages"], "label": label}
-    for names in SUMMARY_COLUMNS:
-        if set(names) <= set(columns):
-            return {"task": "summarization", "columns": list(names), "label": label}
-    if "text" in columns:
-        return {"task": "text", "columns": ["text"], "label": label}
-    raise ValueError(
-        f"{path}: neither instructions (instruction, response), chats (messages) nor known texts and summaries; "
-        f"{listed}. Name the columns by --text_column and --summary_column, or run prepare_instruct.py first"
-    )
+        task = "summarization" if args.summary_column else "text"
+    elif {"instruction", "response"} <= set(columns):
+        task, names = "instruction", [name for name in ("instruction", "context", "response") if name in columns]
+    elif "messages" in columns:
+        task, names = "chat", ["messages"]
+    elif known:
+        task, names = "summarization", known
+    elif "text" in columns:
+        task, names = "text", ["text"]
+    else:
+        raise ValueError(
+            f"{path}: neither instructions (instruction, response), chats (messages) nor known texts and summaries; "
+            f"{listed}. Name the columns by --text_column and --summary_column, or run prepare_instruct.py first"
+        )
+    return {"task": task, "columns": names, "label": label}
 
 
 def choose_tasks(args):
@@ -399,10 +404,8 @@ def read_examples(path, task, faults=None):
 def scan_file(path, task, seed):
     """Return ({"read", "measured", "odd"}, sample): a first pass that finds what is broken, and draws rows fairly."""
     dice, sample, faults, measured = random.Random(seed), [], {}, 0
-    for _, _, example in tqdm(
-        read_examples(path, task, faults), desc=f"checking {path}", unit=" rows", unit_scale=True
-    ):
-        measured += 1
+    examples = read_examples(path, task, faults)
+    for measured, (_, _, example) in enumerate(tqdm(examples, f"checking {path}", unit=" rows", unit_scale=True), 1):
         if len(sample) < LANGUAGE_SAMPLE:
             sample.append(example)
         elif (place := dice.randrange(measured)) < LANGUAGE_SAMPLE:
@@ -430,11 +433,6 @@ def count_tokens(tokenizer, texts, special):
         rows = tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"]
     lengths = np.fromiter((len(row) for row in rows), np.int64, len(rows))
     return np.fromiter(itertools.chain.from_iterable(rows), np.int32, lengths.sum()), lengths
-
-
-def count_ids(tokenizer):
-    """Return one more than the largest token id; where ids are left out that is more than there are tokens."""
-    return max(tokenizer.get_vocab().values()) + 1
 
 
 def sum_rows(values, lengths):
@@ -488,16 +486,9 @@ def find_copies(sources, targets):
     table = pl.DataFrame({"source": sources, "target": targets}).with_columns(pl.all().str.to_lowercase())
     source, target = pl.col("source"), pl.col("target")
     long = target.str.count_matches(WORD) >= COPIED_WORDS
-    kind = (
-        pl.when(source == target)
-        .then(1)
-        .when(long & source.str.starts_with(target))
-        .then(2)
-        .when(long & source.str.contains(target, literal=True))
-        .then(3)
-        .otherwise(0)
-    )
-    return table.select(kind.cast(pl.UInt8)).to_series().to_numpy()
+    kinds = (source == target, long & source.str.starts_with(target), long & source.str.contains(target, literal=True))
+    first = pl.coalesce([pl.when(kind).then(number) for number, kind in enumerate(kinds, start=1)] + [pl.lit(0)])
+    return table.select(first.cast(pl.UInt8)).to_series().to_numpy()
 
 
 def learn_language(sample, identifier, language=None):
@@ -568,7 +559,8 @@ def measure_texts(examples, tokenizer, args, task, language, identifier):
 def measure_file(path, task, rows, tokenizer, args, language, identifier):
     """Return {"columns", "vocabulary", "labels", "languages"} of a file, read in batches."""
     examples, labels, languages, start = read_examples(path, task), Counter(), {}, 0
-    columns, vocabulary = {}, np.zeros(count_ids(tokenizer), np.int64)
+    # As long as the largest token id: where ids are left out that is more than there are tokens.
+    columns, vocabulary = {}, np.zeros(max(tokenizer.get_vocab().values()) + 1, np.int64)
     with tqdm(total=rows, desc=f"measuring {path}", unit=" rows", unit_scale=True) as bar:
         while batch := list(itertools.islice(examples, ROWS_AT_A_TIME)):
             texts = [example for _, _, example in batch]
@@ -654,32 +646,92 @@ def pack_lengths(lengths: list[int], capacity: int) -> list[list[int]]:
     return bins
 
 
-def measure_padding(lengths, capacity, batch_size, seed):
-    """
-    Return the positions that three ways of batching compute, and per real position.
+# Encoder-decoders whose positions are distances, so that examples can stand anywhere in a row, and whose last step is
+# the output layer alone.
+PACKABLE = ("t5", "mt5", "umt5")
 
-    `lengths` are the rows' lengths as cut, one array for each sequence that is padded by itself; rows are sorted and
-    packed by the first.
+
+def spread_examples(sizes: np.ndarray, count: int) -> np.ndarray:
     """
-    dice = np.random.default_rng(seed)
-    first, real = lengths[0], int(sum(row.sum() for row in lengths))
-    bins = pack_lengths(first.tolist(), capacity)
-    packed = [np.array([row[chosen].sum() for chosen in bins]) for row in lengths]
+    Distribute examples over so many rows that the longest row is short; returns each example's row.
+
+    sizes: (examples, 2) tokens of source and target. The longest first into the emptiest row (LPT, Graham 1969), where
+    a row is as full as the fuller of its two sides; then examples are swapped for as long as the fullest row shrinks.
+    """
+    share = sizes / (sizes.sum(axis=0) / count)  # 1: a row's even share
+    rows, loads = np.zeros(len(sizes), dtype=int), np.zeros((count, 2))
+    for i in np.argsort(-share.max(axis=1), kind="stable"):
+        rows[i] = (loads + share[i]).max(axis=1).argmin()
+        loads[rows[i]] += share[i]
+    for _ in range(2 * len(sizes)):
+        full = loads.max(axis=1).argmax()
+        mine, others = np.flatnonzero(rows == full), np.flatnonzero(rows != full)
+        if len(others) == 0:
+            break
+        moved = share[mine][:, None] - share[others][None]
+        after = np.maximum((loads[full] - moved).max(axis=2), (loads[rows[others]] + moved).max(axis=2))
+        i, j = np.unravel_index(after.argmin(), after.shape)
+        if after[i, j] >= loads[full].max() - 1e-9:
+            break
+        loads[full] -= moved[i, j]
+        loads[rows[others[j]]] += moved[i, j]
+        rows[mine[i]], rows[others[j]] = rows[others[j]], full
+    return rows
+
+
+def pack_examples(sizes: np.ndarray) -> list[list[int]]:
+    """The examples of each packed row, for the number of rows that costs least. sizes: (examples, 2) of tokens."""
+    most = math.ceil(sizes[:, 0].sum() / sizes[:, 0].max())
+    choices = []
+    for count in sorted({max(1, round(most * share)) for share in (1.0, 0.8, 0.65, 0.5, 0.4)}):
+        rows = spread_examples(sizes, count)
+        source, target = (np.bincount(rows, sizes[:, side], count).max() for side in (0, 1))
+        # Positions computed; attention makes one dearer with the length of its row, by a tenth at 128 in t5-small.
+        choices.append((count * (source * (1 + source / 1024) + 1.5 * target), count, rows))
+    _, count, rows = min(choices, key=lambda choice: choice[:2])
+    return [np.flatnonzero(rows == row).tolist() for row in range(count)]
+
+
+def pack_batches(order, lengths, batch_size):
+    """Return (positions, packed rows) of batches of these rows, each packed as run_summarization.py packs it."""
+    positions = rows = 0
+    for start in range(0, len(order), batch_size):
+        sizes = np.stack([row[order[start : start + batch_size]] for row in lengths], axis=1)
+        packed = pack_examples(sizes)
+        positions += sum(len(packed) * max(int(side[row].sum()) for row in packed) for side in sizes.T)
+        rows += len(packed)
+    return positions, rows
+
+
+def measure_padding(lengths, batch_size, seed, capacity=None, packs_batches=False):
+    """
+    Return the positions that each way of batching computes, in all and per real position.
+
+    `lengths` are the rows' lengths as cut, one array for each sequence that is padded by itself; rows are sorted by
+    the first. Packing: of all rows into rows of `capacity`, or of each random batch, or none.
+    """
+    dice, first, real = np.random.default_rng(seed), lengths[0], int(sum(row.sum() for row in lengths))
+    order = dice.permutation(len(first))
     positions = {
-        "random": count_positions(dice.permutation(len(first)), lengths, batch_size),
+        "random": count_positions(order, lengths, batch_size),
         "like_length": count_positions(order_like_length(first, batch_size, dice), lengths, batch_size),
-        "packing": count_positions(dice.permutation(len(bins)), packed, batch_size),
     }
-    ways = {
-        name: {
-            "positions": count,
-            "per_real": count / real,
-            "real_share": real / count,
-            "speed": positions["random"] / count,
-        }
-        for name, count in positions.items()
+    measured = {"batch_size": batch_size, "real": real, "default": "packing" if packs_batches else "random"}
+    if packs_batches:  # a sample: how full packed rows are hardly differs from batch to batch
+        sample = order[: PACKED_BATCHES * batch_size]
+        packed, rows = pack_batches(sample, lengths, batch_size)
+        positions["packing"] = round(real * packed / sum(int(row[sample].sum()) for row in lengths))
+        measured |= {"rows": len(sample), "packed_rows": rows}
+    elif capacity:
+        bins = pack_lengths(first.tolist(), capacity)
+        packed = np.array([first[chosen].sum() for chosen in bins])
+        positions["packing"] = count_positions(dice.permutation(len(bins)), [packed], batch_size)
+        measured |= {"rows": len(first), "packed_rows": len(bins)}
+    measured["ways"] = {
+        name: {"positions": n, "per_real": n / real, "real_share": real / n, "speed": positions["random"] / n}
+        for name, n in positions.items()
     }
-    return {"batch_size": batch_size, "real": real, "packed_rows": len(bins), "rows": len(first), "ways": ways}
+    return measured
 
 
 def measure_vocabulary(counts, size, unknown_id, unknown_rows):
@@ -741,12 +793,7 @@ def join_pairs(pairs, count):
 
 
 def measure_duplicates(train, validation=None):
-    """
-    Return (counts of exact and near duplicates and of the overlap, indices of some near pairs of training rows).
-
-    A duplicate is a row that one could leave out: of three equal rows two are. Near-duplicates come on top of the
-    exact ones.
-    """
+    """Return (counts of rows one could leave out: exact copies, near ones besides; the overlap), some near pairs."""
     rows, firsts = len(train["row_hash"]), np.unique(train["row_hash"], return_index=True)[1]
     signatures = np.empty((len(firsts) + (len(validation["row_hash"]) if validation else 0), NUM_HASHES), np.uint16)
     np.take(train["signature"], firsts, axis=0, out=signatures[: len(firsts)])
@@ -771,42 +818,22 @@ def measure_duplicates(train, validation=None):
 
 def measure_targets(columns):
     """Return (counts of boilerplate and copied targets, [(index, rows)] of the most frequent targets)."""
-    _, firsts, inverse, counts = np.unique(
-        columns["folded_hash"], return_index=True, return_inverse=True, return_counts=True
-    )
-    limit = max(FREQUENT_ROWS, FREQUENT_SHARE * len(inverse))
+    rows = len(columns["folded_hash"])
+    _, firsts, counts = np.unique(columns["folded_hash"], return_index=True, return_counts=True)
+    limit = max(FREQUENT_ROWS, FREQUENT_SHARE * rows)
     often = [(int(firsts[i]), int(counts[i])) for i in np.argsort(-counts, kind="stable")[:10] if counts[i] >= limit]
     copied = np.bincount(columns["copied"], minlength=4)
     measured = {
         "frequent_limit": int(np.ceil(limit)),
         "frequent_rows": int(counts[counts >= limit].sum()),
-        "frequent_share": float(counts[counts >= limit].sum() / len(inverse)),
+        "frequent_share": float(counts[counts >= limit].sum() / rows),
         "equal_source": int(copied[1]),
         "start_source": int(copied[2]),
         "inside_source": int(copied[3]),
-        "copied_share": float(copied[1:].sum() / len(inverse)),
+        "copied_share": float(copied[1:].sum() / rows),
         "longer_than_source": int((columns["target_tokens"] > columns["source_tokens"]).sum()),
     }
     return measured, often
-
-
-def measure_labels(labels):
-    """Return [{"label", "rows", "share"}], most frequent first; a missing label is None."""
-    total = sum(labels.values())
-    return [{"label": name, "rows": rows, "share": rows / total} for name, rows in labels.most_common()]
-
-
-def measure_languages(language, found, rows):
-    """Return the main language, its share of the sample's sure rows, and the rows found in others."""
-    names = Counter(found.values())
-    return {
-        "main": language["main"],
-        "sample_rows": language["sample_rows"],
-        "sample": language["sample"],
-        "other_rows": len(found),
-        "other_share": len(found) / rows,
-        "others": dict(names.most_common()),
-    }
 
 
 def choose_shown(columns, tokens, languages, count):
@@ -863,32 +890,26 @@ def collect_lengths(columns, task, template):
 
 def choose_maxima(lengths, args, task, positions):
     """Return {part: (flag, maximum)}: the flag's value if it was given, else the recommended one."""
-    if task == "summarization":
-        return {
-            part: (
-                f"max_{part}_length",
-                getattr(args, f"max_{part}_length")
-                or choose_maximum(lengths[part], args.max_cut_share, LENGTH_STEP, positions),
-            )
-            for part in TASK_PARTS[task]
-        }
-    best = args.max_seq_length or choose_maximum(lengths["example"], args.max_cut_share, SEQUENCE_STEP, positions)
-    if task == "text" and not args.max_seq_length:
-        best = min(TEXT_LENGTH, positions or TEXT_LENGTH)  # the training script's own default
-    return {"example": ("max_seq_length", best)}
+    maxima = {}
+    for part in TASK_PARTS[task] if task == "summarization" else ("example",):
+        flag, step = (f"max_{part}_length", LENGTH_STEP) if part != "example" else ("max_seq_length", SEQUENCE_STEP)
+        best = choose_maximum(lengths[part], args.max_cut_share, step, positions)
+        if task == "text":
+            best = min(TEXT_LENGTH, positions or TEXT_LENGTH)  # the training script's own default
+        maxima[part] = (flag, getattr(args, flag) or best)
+    return maxima
 
 
-def describe_cut(part, entry):
-    """Return a sentence on what a maximum cuts."""
-    if not entry["rows"]:
-        return f"cuts no {part}"
-    return f"cuts {entry['rows']:,} {part}s ({entry['share']:.2%})"
+def find_cut(measures, part):
+    """Return what a part's maximum cuts, or None where it has none."""
+    limit = measures["maxima"].get(part, (None, None))[1]
+    return next((entry for entry in measures["lengths"][part]["cut"] if entry["limit"] == limit), None)
 
 
-def choose_way(measures):
+def choose_way(padding):
     """Return the way of batching to recommend: the simplest that a more involved one does not beat by WORTH_IT."""
-    ways, best = measures["padding"]["ways"], "random"
-    for way in ("like_length",) if measures["task"] == "summarization" else ("like_length", "packing"):
+    ways, best = padding["ways"], padding["default"]
+    for way in ways if best == "random" else ():
         best = way if ways[way]["speed"] >= WORTH_IT * ways[best]["speed"] else best
     return best
 
@@ -902,8 +923,9 @@ def recommend(measures, args, tokenizer):
         why = f"texts are joined and cut into rows of this length, about {rows:,}: none is lost, none is padded"
         return [{"flag": "--max_seq_length", "value": limit, "why": why}]
     for part, (flag, limit) in measures["maxima"].items():
-        entry = next(entry for entry in measures["lengths"][part]["cut"] if entry["limit"] == limit)
-        why = f"{describe_cut(part, entry)}; the longest has {measures['lengths'][part]['max']:,} tokens"
+        entry = find_cut(measures, part)
+        cut = f"{entry['rows']:,} {part}s ({entry['share']:.2%})" if entry["rows"] else f"no {part}"
+        why = f"cuts {cut}; the longest has {measures['lengths'][part]['max']:,} tokens"
         if limit == measures["max_positions"] and entry["share"] > args.max_cut_share:
             why += "; the model has no more positions"
         flags.append({"flag": f"--{flag}", "value": limit, "why": why})
@@ -912,63 +934,49 @@ def recommend(measures, args, tokenizer):
     if task in ("instruction", "chat") and not tokenizer.chat_template:
         why = "the tokenizer has no chat template of its own; lengths here count this one"
         flags.append({"flag": "--prompt_template", "value": "dolly", "why": why})
-    if "padding" not in measures:
-        return flags
-    way = choose_way(measures)
-    like, packing = (measures["padding"]["ways"][name]["speed"] for name in ("like_length", "packing"))
-    if way == "packing":
-        per_row = measures["padding"]["rows"] / measures["padding"]["packed_rows"]
-        why = f"{packing:.2f} times fewer positions than random batches ({like:.2f} by like length); "
-        why += f"a packed row holds {per_row:.1f} examples, so divide the batch size by that to keep the steps alike"
-        flags.append({"flag": "--packing", "value": None, "why": why})
+    padding = measures["padding"]
+    way, ways, size = choose_way(padding), padding["ways"], "the padding was measured at this one"
+    fewer = f"{ways[way]['speed']:.2f} times fewer positions than random batches"
+    if way == padding["default"] == "packing":
+        size += f"; nothing else to set: the script packs its rows, {fewer} that are padded"
+    elif way == "packing":
+        fewer += f" ({ways['like_length']['speed']:.2f} by like length); a packed row holds "
+        fewer += f"{padding['rows'] / padding['packed_rows']:.1f} examples, so divide the batch size by that to keep "
+        flags.append({"flag": "--packing", "value": None, "why": f"{fewer}the steps alike"})
     elif way == "like_length":
-        why = f"{like:.2f} times fewer positions than random batches"
-        flags.append({"flag": "--train_sampling_strategy", "value": "group_by_length", "why": why})
-    why = "the batch size that the padding was measured at"
-    flags.append({"flag": "--per_device_train_batch_size", "value": args.per_device_train_batch_size, "why": why})
+        fewer += "; T5 and mT5 need it not, their batches are packed" if task == "summarization" else ""
+        flags.append({"flag": "--train_sampling_strategy", "value": "group_by_length", "why": fewer})
+    flags.append({"flag": "--per_device_train_batch_size", "value": padding["batch_size"], "why": size})
     return flags
-
-
-def find_deep_cuts(measures, cut_share):
-    """Return [sentence]: maxima that cut more rows than was asked for."""
-    found = []
-    for part, (flag, limit) in measures["maxima"].items() if measures["task"] != "text" else ():
-        entry = next(entry for entry in measures["lengths"][part]["cut"] if entry["limit"] == limit)
-        if entry["share"] > cut_share:
-            room = ", all that the model has room for" if limit == measures["max_positions"] else ""
-            found.append(f"--{flag} {limit}{room}, cuts {entry['rows']:,} {part}s ({entry['share']:.1%}).")
-    return found
 
 
 def advise(measures, cut_share):
     """Return [sentence]: what to look at in the data before training on it."""
-    found, duplicates = find_deep_cuts(measures, cut_share), measures["duplicates"]
+    found, duplicates = [], measures["duplicates"]
+    for part, (flag, limit) in measures["maxima"].items() if measures["task"] != "text" else ():
+        entry = find_cut(measures, part)
+        if entry["share"] > cut_share:
+            room = ", all that the model has room for" if limit == measures["max_positions"] else ""
+            found.append(f"--{flag} {limit}{room}, cuts {entry['rows']:,} {part}s ({entry['share']:.1%}).")
     if duplicates["exact"]:
         found.append(f"{duplicates['exact']:,} rows are exact copies of others: they count double. Drop them.")
     if duplicates["near_share"] >= 0.01:
         found.append(f"{duplicates['near']:,} rows nearly repeat another: read the pairs below before dropping any.")
-    overlap = duplicates.get("overlap")
-    if overlap and overlap["same_source"] + overlap["near"]:
-        found.append(
-            f"{overlap['same_source'] + overlap['near']:,} validation rows are trained on too ({overlap['near']:,} "
-            "not to the letter): their scores are too good. Drop them from the training file."
-        )
-    if measures["vocabulary"]["unknown_share"] > 0.001:
-        found.append(
-            f"{measures['vocabulary']['unknown_share']:.2%} of all tokens are unknown to this tokenizer: the model "
-            "cannot read or write them. Clean the characters, or take a tokenizer that falls back to bytes."
-        )
-    targets = measures.get("targets")
-    if targets and targets["frequent_share"] >= 0.01:
-        found.append(
-            f"{targets['frequent_share']:.1%} of the targets are the same few phrases: the model learns those."
-        )
-    if targets and targets["copied_share"] >= 0.01:
-        found.append(f"{targets['copied_share']:.1%} of the targets are copied from the source word for word.")
-    if measures["language"]["other_rows"]:
-        found.append(f"{measures['language']['other_rows']:,} rows are not in {measures['language']['main']}.")
-    odd = sum(entry["rows"] for entry in measures["rows"]["train"]["odd"].values())
-    if odd:
+    overlap = duplicates.get("overlap", {"same_source": 0, "near": 0})
+    if both := overlap["same_source"] + overlap["near"]:
+        said = f"{both:,} validation rows are trained on too ({overlap['near']:,} not to the letter): their scores are"
+        found.append(f"{said} too good. Drop them from the training file.")
+    if (unknown := measures["vocabulary"]["unknown_share"]) > 0.001:
+        said = f"{unknown:.2%} of all tokens are unknown to this tokenizer: the model cannot read or write them. "
+        found.append(f"{said}Clean the characters, or take a tokenizer that falls back to bytes.")
+    frequent, copied = (measures.get("targets", {}).get(f"{name}_share", 0) for name in ("frequent", "copied"))
+    if frequent >= 0.01:
+        found.append(f"{frequent:.1%} of the targets are the same few phrases: the model learns those.")
+    if copied >= 0.01:
+        found.append(f"{copied:.1%} of the targets are copied from the source word for word.")
+    if other := measures["language"]["other_rows"]:
+        found.append(f"{other:,} rows are not in {measures['language']['main']}.")
+    if odd := sum(entry["rows"] for entry in measures["rows"]["train"]["odd"].values()):
         found.append(f"{odd:,} rows cannot be trained on; they are named below.")
     labels = measures["labels"]
     if len(labels) > 1 and labels[0]["rows"] >= 10 * labels[-1]["rows"]:
@@ -1023,7 +1031,8 @@ def summarize(measured, scans, args, task, tokenizer, language):
     train, validation = measured["train"], measured.get("validation")
     template = count_template(tokenizer, task["task"])
     lengths = collect_lengths(train["columns"], task["task"], template)
-    positions = read_max_positions(args)
+    config = read_config(args)
+    positions = config.get("max_position_embeddings")
     maxima = choose_maxima(lengths, args, task["task"], positions)
     candidates = [*CUT_CANDIDATES, *(limit for _, limit in maxima.values())]
     duplicates, pairs = measure_duplicates(train["columns"], validation["columns"] if validation else None)
@@ -1039,23 +1048,29 @@ def summarize(measured, scans, args, task, tokenizer, language):
         "lengths": {part: describe_lengths(row, candidates) for part, row in lengths.items()},
         "vocabulary": measure_vocabulary(train["vocabulary"], len(tokenizer), unknown, train["columns"]["unknown"]),
         "duplicates": duplicates,
-        "language": measure_languages(language, train["languages"], scans["train"]["measured"]),
-        "labels": measure_labels(train["labels"]) if task["label"] else [],
+        "language": {
+            **{name: language[name] for name in ("main", "sample_rows", "sample")},
+            "other_rows": len(train["languages"]),
+            "other_share": len(train["languages"]) / scans["train"]["measured"],
+            "others": dict(Counter(train["languages"].values()).most_common()),
+        },
+        "labels": [
+            {"label": name, "rows": rows, "share": rows / scans["train"]["measured"]}
+            for name, rows in (train["labels"].most_common() if task["label"] else ())
+        ],
         "label_column": task["label"],
     }
+    often = []
     if task["task"] != "text":
         cut = [np.minimum(lengths[part], limit) for part, (_, limit) in maxima.items()]
-        capacity = next(iter(maxima.values()))[1]
-        measures["padding"] = measure_padding(cut, capacity, args.per_device_train_batch_size, args.seed)
-    measures["targets"], often = measure_targets(train["columns"])
-    if task["task"] == "text":
-        del measures["targets"]
-        often = []
+        packing = {"capacity": maxima["example"][1]} if "example" in maxima else {}
+        packing["packs_batches"] = task["task"] == "summarization" and config.get("model_type") in PACKABLE
+        measures["padding"] = measure_padding(cut, args.per_device_train_batch_size, args.seed, **packing)
+        measures["targets"], often = measure_targets(train["columns"])
     measures["recommended"] = recommend(measures, args, tokenizer)
     measures["advice"] = advise(measures, args.max_cut_share)
-    shown = choose_shown(
-        train["columns"], sum(list(lengths.values())[-len(maxima) :]), train["languages"], args.shown_rows
-    )
+    tokens = sum(list(lengths.values())[-len(maxima) :])
+    shown = choose_shown(train["columns"], tokens, train["languages"], args.shown_rows)
     pairs = pairs[np.unique(pairs[:, 0], return_index=True)[1]]  # of one cluster one pair is enough to see
     return measures, lengths, (shown, pairs[: args.shown_rows].tolist(), often)
 
@@ -1064,8 +1079,8 @@ def summarize(measured, scans, args, task, tokenizer, language):
 # The report
 
 
-def new_figure(colors, height=2.6):
-    """Return (figure, axes) in a theme's colours, transparent, so that the page shows through."""
+def new_figure(colors, across, up="", height=2.6):
+    """Return (figure, axes) in a theme's colours with words at the axes; transparent: the page shows through."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.4, height), dpi=150, layout="constrained")
@@ -1078,17 +1093,18 @@ def new_figure(colors, height=2.6):
     axes.tick_params(colors=colors["soft"], length=0, labelsize=9)
     axes.grid(axis="y", color=colors["grid"], linewidth=0.8)
     axes.set_axisbelow(True)
+    axes.set_xlabel(across, color=colors["ink"], fontsize=9)
+    axes.set_ylabel(up, color=colors["ink"], fontsize=9)
     return figure, axes
 
 
 def draw_lengths(colors, lengths, part, limit):
     """Return a histogram of token lengths with the maximum marked; the longest half percent lies beyond its edge."""
-    figure, axes = new_figure(colors)
+    figure, axes = new_figure(colors, f"tokens of the {part}", "rows")
     edge = max(int(np.percentile(lengths, 99.5)), limit or 0, 1) * 1.03
     step = max(round_to(edge / 60, 1), 1)
-    heights, _, _ = axes.hist(
-        np.minimum(lengths, edge), bins=np.arange(0, edge + step, step), color=colors["main"], rwidth=0.9
-    )
+    bins = np.arange(0, edge + step, step)
+    heights, _, _ = axes.hist(np.minimum(lengths, edge), bins, color=colors["main"], rwidth=0.9)
     if lengths.max() > edge:
         top = heights[-1] + 0.02 * axes.get_ylim()[1]
         axes.text(edge + step, top, "longer", color=colors["soft"], ha="right", va="bottom", fontsize=8)
@@ -1096,8 +1112,6 @@ def draw_lengths(colors, lengths, part, limit):
         axes.axvline(limit, color=colors["mark"], linewidth=1.6)
         label = f"maximum {limit:,} "
         axes.text(limit, axes.get_ylim()[1] * 0.98, label, color=colors["mark"], ha="right", va="top", fontsize=9)
-    axes.set_xlabel(f"tokens of the {part}", color=colors["ink"], fontsize=9)
-    axes.set_ylabel("rows", color=colors["ink"], fontsize=9)
     axes.yaxis.set_major_formatter("{x:,.0f}")
     axes.set_xlim(0, edge + step)
     return figure
@@ -1105,7 +1119,7 @@ def draw_lengths(colors, lengths, part, limit):
 
 def draw_cut(colors, lengths, maxima):
     """Return the share of rows that is cut at each possible maximum, a line for each part."""
-    figure, axes = new_figure(colors)
+    figure, axes = new_figure(colors, "maximum length in tokens (the dot: the one recommended or given)", "rows cut")
     shades = [colors["main"], colors["mark"], colors["soft"]]
     for (part, row), shade in zip(lengths.items(), shades, strict=False):
         limits = np.unique(np.geomspace(4, max(int(row.max()), 8), 200).astype(int))
@@ -1116,17 +1130,13 @@ def draw_cut(colors, lengths, maxima):
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    axes.set_xlabel(
-        "maximum length in tokens (the dot: the one recommended or given)", color=colors["ink"], fontsize=9
-    )
-    axes.set_ylabel("rows cut", color=colors["ink"], fontsize=9)
     axes.legend(frameon=False, labelcolor=colors["ink"], fontsize=9)
     return figure
 
 
 def draw_bars(colors, names, values, texts, label):
     """Return horizontal bars, the first on top, each with its value written at its end."""
-    figure, axes = new_figure(colors, height=0.75 + 0.32 * len(names))
+    figure, axes = new_figure(colors, label, height=0.75 + 0.32 * len(names))
     axes.barh(range(len(names)), values, color=colors["main"], height=0.62)
     for place, (value, text) in enumerate(zip(values, texts, strict=True)):
         axes.text(value, place, f"  {text}", va="center", fontsize=9, color=colors["ink"])
@@ -1135,7 +1145,6 @@ def draw_bars(colors, names, values, texts, label):
     axes.grid(visible=False)
     axes.set_xlim(0, max(values) * 1.22)
     axes.xaxis.set_major_formatter("{x:,.10g}")
-    axes.set_xlabel(label, color=colors["ink"], fontsize=9)
     return figure
 
 
@@ -1146,11 +1155,9 @@ def draw_figures(measures, lengths):
         drawings[f"{part}_lengths"] = (draw_lengths, row, part, maxima.get(part, (None, None))[1])
     drawings["cut"] = (draw_cut, lengths, maxima)
     if "padding" in measures:
-        names = {"random": "random batches", "like_length": "batches of like length", "packing": "packing"}
-        ways = measures["padding"]["ways"]
-        values = [ways[name]["per_real"] for name in names]
-        texts = [f"{value:.2f}" for value in values]
-        drawings["padding"] = (draw_bars, list(names.values()), values, texts, "positions computed a real position")
+        values = {WAYS[name]: way["per_real"] for name, way in measures["padding"]["ways"].items()}
+        texts = [f"{value:.2f}" for value in values.values()]
+        drawings["padding"] = (draw_bars, list(values), list(values.values()), texts, "positions for each real one")
     if measures["labels"]:
         top = measures["labels"][:15]
         names = ["(none)" if entry["label"] is None else entry["label"][:30] for entry in top]
@@ -1168,13 +1175,8 @@ def draw_figures(measures, lengths):
 
 def format_flags(recommended):
     """Return the recommended flags as one would type them."""
-    parts = [f["flag"] if f["value"] is None else f"{f['flag']} {quote_value(f['value'])}" for f in recommended]
-    return " \\\n    ".join(parts)
-
-
-def quote_value(value):
-    """Return a flag's value as a shell takes it."""
-    return f'"{value}"' if isinstance(value, str) and not value.replace("_", "").isalnum() else str(value)
+    words = [[f["flag"]] if f["value"] is None else [f["flag"], str(f["value"])] for f in recommended]
+    return " \\\n    ".join(map(shlex.join, words))
 
 
 def make_verdict(measures):
@@ -1185,11 +1187,11 @@ def make_verdict(measures):
         entry = measures["lengths"][part]
         cards.append((f"{entry['p50']:,} / {entry['p99']:,}", f"tokens of the {part}: median / 99% have at most", ""))
     if "padding" in measures:
-        ways = measures["padding"]["ways"]
-        best = choose_way(measures)
-        name = {"random": "random batches", "like_length": "batches of like length", "packing": "packing"}[best]
-        cards.append((f"{ways['random']['real_share']:.0%}", "of random batches is text, the rest padding", ""))
-        cards.append((f"{ways[best]['speed']:.2f}×", f"fewer positions with {name}", "good"))
+        ways, best = measures["padding"]["ways"], choose_way(measures["padding"])
+        default = ", the default" if best == measures["padding"]["default"] else ""
+        cards.append((f"{ways['random']['real_share']:.0%}", "of padded random batches is text", ""))
+        if best != "random":
+            cards.append((f"{ways[best]['speed']:.2f}×", f"fewer positions with {WAYS[best]}{default}", "good"))
     near = duplicates["exact_share"] + duplicates["near_share"]
     cards.append((f"{near:.1%}", "exact or near duplicates", "look" if near >= 0.01 else "good"))
     if "overlap" in duplicates:
@@ -1240,6 +1242,8 @@ details summary { cursor: pointer; margin: 10px 0; font-weight: 600; }
 {%- macro example(row) %}<div class="row"><div class="soft">line {{ row.line }}{% if row.what %} · {{ row.what }}
 {%- endif %}{% if row.label %} · {{ row.label }}{% endif %}</div><p>{{ row.source }}</p>
 {%- if row.target %}<p class="target">{{ row.target }}</p>{% endif %}</div>{% endmacro %}
+{%- macro count(what, rows, share, digits=2) %}<tr><td class="t">{{ what }}<td class="n">{{ n(rows) }}
+<td class="n">{% if share is not none %}{{ ("{:." ~ digits ~ "%}").format(share) }}{% endif %}</tr>{% endmacro %}
 <h1>{{ m.files.train.split("/")[-2:] | join("/") }}</h1>
 <p class="soft">{{ m.task }} · tokens of <code>{{ m.tokenizer }}</code>
 {%- if m.template.name %} · lengths of examples count the prompt template ({{ m.template.name }}: {{ m.template.row }}
@@ -1272,8 +1276,8 @@ tokens a row, {{ m.template.answer }} an answer){% endif %} · measured {{ date 
 maximum, so that these are the texts longer than a row.</p>{% endif %}
 <div class="wide"><table><tr><th class="n">at most{% for part in m.lengths %}<th class="n">{{ part }}s cut
 <th class="n">share{% if part in m.maxima %}<th class="n">of their tokens{% endif %}{% endfor %}</tr>
-{% for limit, cells in cut_table %}<tr><td class="n">{{ n(limit) }}{% for part, c in cells %}
-{% set pick = ' pick' if part in m.maxima and m.maxima[part][1] == limit else '' %}
+{% for cells in cut_table %}<tr><td class="n">{{ n(cells[0].limit) }}{% for part in m.lengths %}
+{% set c = cells[loop.index0] %}{% set pick = " pick" if part in m.maxima and m.maxima[part][1] == c.limit else "" %}
 <td class="n{{ pick }}">{{ n(c.rows) }}<td class="n{{ pick }}">{{ p(c.share) }}{% if part in m.maxima %}
 <td class="n{{ pick }}">{{ p(c.tokens_share) }}{% endif %}{% endfor %}</tr>{% endfor %}</table></div>
 <p class="soft">In colour: {% for flag, limit in m.maxima.values() %}--{{ flag }} {{ limit }}
@@ -1283,40 +1287,38 @@ maximum, so that these are the texts longer than a row.</p>{% endif %}
 <p>A batch is as long as its longest row; what is shorter is filled up and computed all the same. In batches of
 {{ m.padding.batch_size }} the {{ n(m.padding.real) }} real positions of an epoch become:</p>
 {{ figure("padding", "Positions computed for each real position") }}
-<div class="wide"><table><tr><th>batches<th class="n">positions<th class="n">a real one<th class="n">real
-<th class="n">speed</tr>{% for name, way in m.padding.ways.items() %}<tr><td>{{ way_names[name] }}
+<div class="wide"><table><tr><th>way<th class="n">positions<th class="n">a real one<th class="n">real
+<th class="n">speed</tr>{% for name, way in m.padding.ways.items() %}<tr><td>{{ ways[name] }}
 <td class="n">{{ n(way.positions) }}<td class="n">{{ "%.2f" | format(way.per_real) }}
 <td class="n">{{ p(way.real_share) }}<td class="n">{{ "%.2f" | format(way.speed) }}×</tr>{% endfor %}</table></div>
 <p class="soft">Speed: times fewer positions than random batches, near to the gain in time where a step is all
-computation. Packing puts {{ n(m.padding.rows) }} rows into {{ n(m.padding.packed_rows) }}.
-{%- if m.task == "summarization" %} run_summarization.py does not pack: that line is for comparison.{% endif %}</p>
+computation. {% if m.padding.default == "packing" %}Packing is what the script does by itself for T5 and mT5: the rows
+of each random batch stand end to end. In a sample of the batches {{ n(m.padding.rows) }} rows became
+{{ n(m.padding.packed_rows) }}; --no_packing pads them.{% elif m.padding.rows %}Packing puts {{ n(m.padding.rows) }}
+rows into {{ n(m.padding.packed_rows) }}.{% else %}Only T5 and mT5 are packed by the script.{% endif %}</p>
 {% endif %}
 
 <h2>Vocabulary</h2>
 <div class="wide"><table>
-<tr><td>tokens in the training rows, without templates<td class="n">{{ n(m.vocabulary.tokens) }}<td></tr>
-<tr><td>tokens in the vocabulary<td class="n">{{ n(m.vocabulary["size"]) }}<td></tr>
-<tr><td>of these used<td class="n">{{ n(m.vocabulary.used) }}<td class="n">{{ p(m.vocabulary.used_share) }}</tr>
-<tr><td>so many make up 99% of the text<td class="n">{{ n(m.vocabulary.cover_99) }}<td></tr>
-<tr><td>unknown tokens{% if not m.vocabulary.has_unknown_token %} (the tokenizer has none){% endif %}
-<td class="n">{{ n(m.vocabulary.unknown) }}<td class="n">{{ p3(m.vocabulary.unknown_share) }}</tr>
-<tr><td>rows with one<td class="n">{{ n(m.vocabulary.rows_with_unknown) }}<td class="n">
-{{- p(m.vocabulary.rows_with_unknown / m.rows.train.measured) }}</tr></table></div>
+{{ count("tokens in the training rows, without templates", m.vocabulary.tokens, none) }}
+{{ count("tokens in the vocabulary", m.vocabulary["size"], none) }}
+{{ count("of these used", m.vocabulary.used, m.vocabulary.used_share) }}
+{{ count("so many make up 99% of the text", m.vocabulary.cover_99, none) }}
+{{ count("unknown tokens" ~ ("" if m.vocabulary.has_unknown_token else " (the tokenizer has none)"),
+         m.vocabulary.unknown, m.vocabulary.unknown_share, 3) }}
+{{ count("rows with one", m.vocabulary.rows_with_unknown, m.vocabulary.rows_with_unknown / m.rows.train.measured) }}
+</table></div>
 
 <h2>Duplicates</h2>
 <div class="wide"><table><tr><th>rows one could leave out<th class="n">rows<th class="n">share</tr>
-<tr><td>exact copies of another row<td class="n">{{ n(m.duplicates.exact) }}
-<td class="n">{{ p(m.duplicates.exact_share) }}</tr>
-<tr><td>near-duplicates besides these<td class="n">{{ n(m.duplicates.near) }}
-<td class="n">{{ p(m.duplicates.near_share) }}</tr>
-<tr><td>the same {{ first_part }} as another row<td class="n">{{ n(m.duplicates.same_source) }}<td class="n">
-{{- p(m.duplicates.same_source_share) }}</tr>
-{% if m.targets %}<tr><td>the same {{ second_part }} as another row<td class="n">{{ n(m.duplicates.same_target) }}
-<td class="n">{{ p(m.duplicates.same_target_share) }}</tr>{% endif %}
-{% with o = m.duplicates.overlap %}{% if o %}<tr><td>validation rows whose {{ first_part }} is trained on<td class="n">
-{{- n(o.same_source) }}<td class="n">{{ p(o.same_source_share) }}</tr>
-<tr><td>validation rows that nearly are trained on<td class="n">{{ n(o.near) }}<td class="n">{{ p(o.near_share) }}</tr>
-{% endif %}{% endwith %}</table></div>
+{% with d = m.duplicates, o = m.duplicates.overlap %}
+{{ count("exact copies of another row", d.exact, d.exact_share) }}
+{{ count("near-duplicates besides these", d.near, d.near_share) }}
+{{ count("the same " ~ parts[0] ~ " as another row", d.same_source, d.same_source_share) }}
+{% if m.targets %}{{ count("the same " ~ parts[1] ~ " as another row", d.same_target, d.same_target_share) }}
+{% endif %}
+{% if o %}{{ count("validation rows whose " ~ parts[0] ~ " is trained on", o.same_source, o.same_source_share) }}
+{{ count("validation rows that nearly are trained on", o.near, o.near_share) }}{% endif %}{% endwith %}</table></div>
 <p class="soft">Near: {{ "%.0f" | format(near * 100) }}% or more of the runs of three words in common, by MinHash,
 which finds about 95% of such pairs; case and punctuation do not count.
 {%- if m.task in ("instruction", "chat") %} Two questions on one long text are such a pair too.{% endif %}</p>
@@ -1325,14 +1327,14 @@ which finds about 95% of such pairs; case and punctuation do not count.
 {% endif %}
 
 {% if m.targets %}<h2>Boilerplate</h2>
-<div class="wide"><table><tr><th>{{ second_part }}s<th class="n">rows<th class="n">share</tr>
-<tr><td>the same words in {{ n(m.targets.frequent_limit) }} rows or more, whatever their case
-<td class="n">{{ n(m.targets.frequent_rows) }}<td class="n">{{ p(m.targets.frequent_share) }}</tr>
-{% for key, words in copied %}<tr><td>{{ words }}<td class="n">{{ n(m.targets[key]) }}<td class="n">
-{{- p(m.targets[key] / m.rows.train.measured) }}</tr>{% endfor %}</table></div>
-{% if m.targets.frequent %}<div class="wide"><table><tr><th>most frequent {{ second_part }}s<th class="n">rows
-<th class="n">share</tr>{% for f in m.targets.frequent %}<tr><td class="t">{{ f.text }}<td class="n">{{ n(f.rows) }}
-<td class="n">{{ p(f.share) }}</tr>{% endfor %}</table></div>{% endif %}{% endif %}
+<div class="wide"><table><tr><th>{{ parts[1] }}s<th class="n">rows<th class="n">share</tr>
+{{ count("the same words in {:,} rows or more, whatever their case".format(m.targets.frequent_limit),
+         m.targets.frequent_rows, m.targets.frequent_share) }}
+{% for key, words in copied %}{{ count(words, m.targets[key], m.targets[key] / m.rows.train.measured) }}{% endfor %}
+</table></div>
+{% if m.targets.frequent %}<div class="wide"><table><tr><th>most frequent {{ parts[1] }}s<th class="n">rows
+<th class="n">share</tr>{% for f in m.targets.frequent %}{{ count(f.text, f.rows, f.share) }}{% endfor %}</table></div>
+{% endif %}{% endif %}
 
 <h2>Language</h2>
 <p>{% if m.language.main %}Most rows are in <b>{{ m.language.main }}</b>. {{ n(m.language.other_rows) }}
@@ -1345,9 +1347,8 @@ of. Shorter rows are not judged.</p>
 
 {% if m.labels %}<h2>Balance of {{ m.label_column }}</h2>{{ figure("labels", "Rows of each label") }}
 <div class="wide"><table><tr><th>{{ m.label_column }}<th class="n">rows<th class="n">share</tr>
-{% for l in m.labels[:40] %}<tr><td class="t">{{ l.label if l.label is not none else "(none)" }}
-<td class="n">{{ n(l.rows) }}
-<td class="n">{{ p(l.share) }}</tr>{% endfor %}</table></div>
+{% for l in m.labels[:40] %}{{ count("(none)" if l.label is none else l.label, l.rows, l.share) }}{% endfor %}
+</table></div>
 {% if m.labels | length > 40 %}<p class="soft">and {{ n(m.labels | length - 40) }} more labels</p>{% endif %}
 {% endif %}
 
@@ -1371,88 +1372,59 @@ COPIED = (
 
 def render_report(measures, figures):
     """Return the report as one HTML page; the template engine escapes every text of the data."""
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True)
-    parts = {"summarization": ("source", "target")}.get(measures["task"], ("prompt", "answer"))
+    environment, task = jinja2.Environment(autoescape=True, trim_blocks=True), measures["task"]
+    table = list(zip(*(entry["cut"] for entry in measures["lengths"].values()), strict=True))
     return environment.from_string(TEMPLATE).render(
         m=measures,
-        figures={name: {theme: encode_image(png) for theme, png in pair.items()} for name, pair in figures.items()},
+        figures={
+            name: {theme: base64.b64encode(png).decode() for theme, png in pair.items()}
+            for name, pair in figures.items()
+        },
         verdict=make_verdict(measures),
         n="{:,}".format,
         p="{:.2%}".format,
-        p3="{:.3%}".format,
-        way_names={"random": "random", "like_length": "of like length", "packing": "packed"},
-        first_part=parts[0] if measures["task"] != "text" else "text",
-        second_part=parts[1],
-        cut_table=tabulate_cut(measures["lengths"]),
+        ways=WAYS,
+        parts=TASK_PARTS[task],
+        cut_table=table[: 1 + sum(any(cell["rows"] for cell in cells) for cells in table)],
         copied=COPIED,
         near=NEAR_SIMILARITY,
         language_words=LANGUAGE_WORDS,
-        script="run_summarization.py" if measures["task"] == "summarization" else "run_clm_instruct.py",
+        script="run_summarization.py" if task == "summarization" else "run_clm_instruct.py",
         flags=format_flags(measures["recommended"]),
         date=time.strftime("%Y-%m-%d"),
     )
-
-
-def tabulate_cut(lengths):
-    """Return [(limit, [(part, what it cuts)])]: one row for each limit until no part is cut any more."""
-    rows = []
-    for cells in zip(
-        *([(part, entry) for entry in described["cut"]] for part, described in lengths.items()), strict=True
-    ):
-        rows.append((cells[0][1]["limit"], cells))
-        if not any(entry["rows"] for _, entry in cells):
-            break
-    return rows
-
-
-def encode_image(png):
-    """Return the bytes of an image as text for a data: address."""
-    return base64.b64encode(png).decode()
 
 
 def format_measures(measures):
     """Return the table that ends the program's output."""
     lines = [("", "mean", "median", "95%", "99%", "longest", "cut at", "rows cut")]
     for part, entry in measures["lengths"].items():
-        limit = measures["maxima"].get(part, (None, None))[1]
-        cut = next((f"{c['share']:.2%}" for c in entry["cut"] if c["limit"] == limit), "")
-        numbers = (f"{entry['mean']:.1f}", *(f"{entry[key]:,}" for key in ("p50", "p95", "p99", "max")))
-        cut = "" if measures["task"] == "text" else cut
-        lines.append((f"{part} tokens", *numbers, f"{limit:,}" if limit else "", cut))
-    text = ["".join(f"{cell:>{9 if i else 0}}".ljust(0 if i else 16) for i, cell in enumerate(line)) for line in lines]
+        cut = find_cut(measures, part)
+        cells = (f"{cut['limit']:,}", f"{cut['share']:.2%}" if measures["task"] != "text" else "") if cut else ()
+        numbers = [f"{entry[key]:,}" for key in ("p50", "p95", "p99", "max")]
+        lines.append((f"{part} tokens", f"{entry['mean']:.1f}", *numbers, *cells))
+    text = [f"{name:<16}" + "".join(f"{cell:>9}" for cell in cells) for name, *cells in lines]
     for name, way in measures.get("padding", {"ways": {}})["ways"].items():
-        text.append(
-            f"{name:<16}{way['per_real']:>9.2f} positions a real one, {way['speed']:.2f} times as fast as random"
-        )
-    duplicates = measures["duplicates"]
-    for name in ("exact", "near"):
-        text.append(f"{name + ' copies':<16}{duplicates[name]:>9,} rows {duplicates[f'{name}_share']:>8.2%}")
-    if "overlap" in duplicates:
-        overlap = duplicates["overlap"]
-        trained = (
-            f"{overlap['same_source']:>9,} of {overlap['rows']:,} validation rows, and nearly {overlap['near']:,}"
-        )
-        text.append(f"{'trained on':<16}{trained}")
-    vocabulary = measures["vocabulary"]
-    text.append(f"{'unknown tokens':<16}{vocabulary['unknown']:>9,}      {vocabulary['unknown_share']:>8.3%}")
-    text.append(f"{'other languages':<16}{measures['language']['other_rows']:>9,} rows")
+        fewer = f", {way['speed']:.2f} times fewer" if name != "random" else ""
+        default = ", the default" if name == measures["padding"]["default"] else ""
+        text.append(f"{WAYS[name]:<23}{way['per_real']:>5.2f} positions a real one{fewer}{default}")
+    duplicates, vocabulary = measures["duplicates"], measures["vocabulary"]
+    for name, count, share in (
+        ("exact copies", duplicates["exact"], duplicates["exact_share"]),
+        ("near copies", duplicates["near"], duplicates["near_share"]),
+        ("unknown tokens", vocabulary["unknown"], vocabulary["unknown_share"]),
+        ("other languages", measures["language"]["other_rows"], measures["language"]["other_share"]),
+    ):
+        text.append(f"{name:<16}{count:>9,}{share:>9.2%}")
+    if o := duplicates.get("overlap"):
+        said = f"{o['same_source']:>9,} of {o['rows']:,} validation rows, and nearly {o['near']:,}"
+        text.append(f"trained on      {said}")
     for split, entry in measures["rows"].items():
         for reason, odd in entry["odd"].items():
-            named = ", ".join(str(line) for line in odd["lines"]) + (
-                ", ..." if odd["rows"] > len(odd["lines"]) else ""
-            )
+            named = ", ".join(map(str, odd["lines"])) + (", ..." if odd["rows"] > len(odd["lines"]) else "")
             text.append(f"{split}: {odd['rows']:,} rows left out, {reason}: line {named}")
     text += [f"- {line}" for line in measures["advice"]]
     return "\n".join([*text, "", "Recommended:", f"    {format_flags(measures['recommended'])}"])
-
-
-def write_report(folder, measures, figures):
-    """Write report.html, measures.json and a PNG for each figure."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, pair in figures.items():
-        (folder / f"{name}.png").write_bytes(pair["light"])
-    (folder / "measures.json").write_text(json.dumps(measures, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    (folder / "report.html").write_text(render_report(measures, figures), encoding="utf-8")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1490,7 +1462,12 @@ def main(argv=None):
     fill_in_rows(measures, measured["train"], shown, path, task)
 
     # 5. Write and report
-    write_report(Path(args.output_dir), measures, draw_figures(measures, lengths))
+    folder, figures = Path(args.output_dir), draw_figures(measures, lengths)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, pair in figures.items():
+        (folder / f"{name}.png").write_bytes(pair["light"])
+    (folder / "measures.json").write_text(json.dumps(measures, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / "report.html").write_text(render_report(measures, figures), encoding="utf-8")
     print(format_measures(measures))
     print(f"\n{args.output_dir}/report.html")
     return 0

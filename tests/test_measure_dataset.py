@@ -120,21 +120,52 @@ def test_batches_of_like_length_are_sorted_in_chunks_as_the_library_does():
 
 
 def test_packing_and_padding_of_known_lengths():
-    # Two sequences a row, as in an encoder-decoder: 6 + 2 rows, and packed by the first into rows of 8.
-    lengths = [np.array([8, 6, 2, 4, 4]), np.array([1, 1, 1, 1, 1])]
-    measured = tool.measure_padding(lengths, 8, 1, seed=0)
-    assert (measured["real"], measured["rows"], measured["packed_rows"]) == (29, 5, 3)
-    assert {name: way["positions"] for name, way in measured["ways"].items()} == dict.fromkeys(measured["ways"], 29)
-    in_fives = tool.measure_padding(lengths, 8, 5, seed=0)["ways"]
-    assert in_fives["random"]["positions"] == 5 * 8 + 5 and in_fives["random"]["per_real"] == 45 / 29
-    assert in_fives["packing"]["positions"] == 3 * 8 + 3 * 2 and in_fives["packing"]["speed"] == 45 / 30
-    assert in_fives["random"]["real_share"] == 29 / 45
+    lengths = [np.array([8, 6, 2, 4, 4])]  # three rows of 8 when packed, five that are padded
+    alone = tool.measure_padding(lengths, 1, seed=0, capacity=8)
+    assert (alone["real"], alone["rows"], alone["packed_rows"], alone["default"]) == (24, 5, 3, "random")
+    assert {name: way["positions"] for name, way in alone["ways"].items()} == dict.fromkeys(tool.WAYS, 24)
+    in_fives = tool.measure_padding(lengths, 5, seed=0, capacity=8)["ways"]
+    assert in_fives["random"]["positions"] == 40 and in_fives["random"]["per_real"] == 40 / 24
+    assert in_fives["packing"]["positions"] == 24 and in_fives["packing"]["speed"] == 40 / 24
+    assert in_fives["random"]["real_share"] == 24 / 40
 
 
-def test_the_packer_is_that_of_the_training_script():
-    ours = read_blocks(ROOT / "data_prep/measure_dataset.py")["pack_lengths"]
-    theirs = read_blocks(ROOT / "run_clm_instruct.py")["pack_lengths"]
-    assert ours == theirs
+def test_what_packs_is_that_of_the_training_scripts():
+    ours = read_blocks(ROOT / "data_prep/measure_dataset.py")
+    for script, names in (
+        ("run_clm_instruct.py", ("pack_lengths",)),
+        ("run_summarization.py", ("PACKABLE", "spread_examples", "pack_examples")),
+    ):
+        theirs = read_blocks(ROOT / script)
+        assert {name: ours[name] for name in names} == {name: theirs[name] for name in names}
+
+
+def test_packed_batches_have_the_positions_that_the_collator_makes_of_them():
+    from run_summarization import PackingCollator
+
+    dice = np.random.default_rng(0)
+    lengths = [dice.integers(3, 100, 70), dice.integers(2, 20, 70)]
+    collate, positions, rows = PackingCollator(0, 0, None), 0, 0
+    for start in range(0, 70, 16):
+        batch = range(start, min(start + 16, 70))
+        made = collate([{"input_ids": [1] * lengths[0][i], "labels": [1] * lengths[1][i]} for i in batch])
+        positions += made["input_ids"].numel() + made["labels"].numel()
+        rows += len(made["labels"])
+    assert tool.pack_batches(np.arange(70), lengths, 16) == (positions, rows)
+
+
+def test_packing_of_a_sample_stands_for_all_batches(monkeypatch):
+    dice = np.random.default_rng(1)
+    lengths = [dice.integers(3, 100, 8000), dice.integers(2, 20, 8000)]
+    monkeypatch.setattr(tool, "PACKED_BATCHES", 10**6)
+    whole = tool.measure_padding(lengths, 16, seed=0, packs_batches=True)
+    assert whole["rows"] == 8000 and whole["default"] == "packing"
+    assert whole["real"] <= whole["ways"]["packing"]["positions"] < whole["ways"]["random"]["positions"]
+    monkeypatch.setattr(tool, "PACKED_BATCHES", 50)
+    sample = tool.measure_padding(lengths, 16, seed=0, packs_batches=True)
+    assert sample["rows"] == 800 and sample == tool.measure_padding(lengths, 16, seed=0, packs_batches=True)
+    assert sample["ways"]["packing"]["speed"] == pytest.approx(whole["ways"]["packing"]["speed"], rel=0.01)
+    assert "packing" not in tool.measure_padding(lengths, 16, seed=0)["ways"]
 
 
 # -------------------------------------------------------------------------------------------- vocabulary, duplicates
@@ -247,18 +278,6 @@ def test_rows_in_another_language_are_found_and_short_ones_are_not_judged(identi
     found = tool.find_languages(texts, words, lengths, language, identifier)
     assert {i: name for i, name in found.items() if name != "no language"} == {3: "es"}
     assert tool.learn_language(sample, identifier, "fr")["main"] == "fr"
-    measured = tool.measure_languages(language, {3: "es", 9: "es", 4: "de"}, 100)
-    assert (measured["other_rows"], measured["other_share"]) == (3, 0.03) and measured["others"] == {"es": 2, "de": 1}
-
-
-def test_labels_are_counted_with_those_that_are_missing():
-    from collections import Counter
-
-    assert tool.measure_labels(Counter(["a", "b", "a", None])) == [
-        {"label": "a", "rows": 2, "share": 0.5},
-        {"label": "b", "rows": 1, "share": 0.25},
-        {"label": None, "rows": 1, "share": 0.25},
-    ]
 
 
 def test_the_rows_to_read_are_the_extreme_ones():
@@ -372,7 +391,7 @@ def test_the_figures_of_the_report_are_those_of_the_rows(report):
     assert measures["duplicates"]["exact"] == 2 and measures["duplicates"]["overlap"]["same_source"] == 1
     assert measures["targets"]["frequent"] == [{"text": "great lens", "rows": 32, "share": 32 / 37}]
     assert measures["targets"]["start_source"] == 1
-    assert measures["language"]["others"] == {"es": 1}
+    assert measures["language"]["others"] == {"es": 1} and measures["language"]["other_share"] == 1 / 37
     assert measures["shown"]["In another language"][0]["source"] == SPANISH
 
 
@@ -401,6 +420,7 @@ def test_texts_of_the_data_are_escaped(report):
 
 def test_the_recommended_flags_are_those_of_the_training_scripts(quick, report, words, tmp_path):
     rows = [{"instruction": f"{'the lens ' * i}", "response": "good " * (1 + i % 7)} for i in range(1, 60)]
+    rows = [row | ({"category": "ab"[i % 3 > 0]} if i else {}) for i, row in enumerate(rows)]
     arguments = ["--train_file", write_jsonl(tmp_path / "a.jsonl", rows), "--tokenizer_name", words]
     assert tool.main([*arguments, "--output_dir", str(tmp_path / "out")]) == 0
     measures = json.loads((tmp_path / "out/measures.json").read_text())
@@ -411,6 +431,9 @@ def test_the_recommended_flags_are_those_of_the_training_scripts(quick, report, 
             assert flag["flag"] in trainer or f"    {flag['flag'][2:]}: " in source, flag
     assert [flag["flag"] for flag in measures["recommended"]][:2] == ["--max_seq_length", "--prompt_template"]
     assert measures["lengths"]["prompt"]["max"] == 118 and measures["lengths"]["answer"]["max"] == 7
+    assert measures["labels"] == [
+        {"label": label, "rows": rows, "share": rows / 59} for label, rows in (("b", 39), ("a", 19), (None, 1))
+    ]
 
 
 def test_a_maximum_that_cuts_more_than_asked_for_is_said_first(quick, words, tmp_path):
@@ -426,14 +449,38 @@ def test_a_maximum_that_cuts_more_than_asked_for_is_said_first(quick, words, tmp
 
 
 def test_packing_is_recommended_where_it_beats_like_length_by_5_percent():
-    def choose(task, like, packing):
-        ways = {"random": {"speed": 1.0}, "like_length": {"speed": like}, "packing": {"speed": packing}}
-        return tool.choose_way({"task": task, "padding": {"ways": ways}})
+    def choose(default="random", **speeds):
+        return tool.choose_way({"default": default, "ways": {name: {"speed": n} for name, n in speeds.items()}})
 
-    assert choose("instruction", 1.5, 1.56) == "like_length"
-    assert choose("instruction", 1.5, 1.6) == "packing"
-    assert choose("summarization", 1.5, 3.0) == "like_length"
-    assert choose("instruction", 1.01, 1.04) == "random"
+    assert choose(random=1.0, like_length=1.5, packing=1.56) == "like_length"
+    assert choose(random=1.0, like_length=1.5, packing=1.6) == "packing"
+    assert choose(random=1.0, like_length=1.01, packing=1.04) == "random"
+    assert choose("packing", random=1.0, like_length=1.9, packing=1.5) == "packing"
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+def test_t5_packs_by_itself_and_other_encoder_decoders_are_told_to_group_by_length(
+    quick, words, tmp_path, capsys, kind
+):
+    dice = random.Random(4)
+    rows = [(" ".join(dice.choices(WORDS, k=dice.randrange(1, 60))), dice.choice(WORDS)) for _ in range(200)]
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    arguments = ["--train_file", write_csv(tmp_path / "a.csv", rows), "--tokenizer_name", words]
+    assert tool.main([*arguments, "--model_name_or_path", str(tmp_path), "--output_dir", str(tmp_path / "out")]) == 0
+    measures, html = (
+        json.loads((tmp_path / "out/measures.json").read_text()),
+        (tmp_path / "out/report.html").read_text(),
+    )
+    flags, said = {f["flag"]: f for f in measures["recommended"]}, capsys.readouterr().out
+    ways, size = measures["padding"]["ways"], flags["--per_device_train_batch_size"]
+    assert "--packing" not in flags and ("--train_sampling_strategy" in flags) == (kind == "bart")
+    assert list(ways) == ["random", "like_length"] + ["packing"] * (kind == "t5")
+    if kind == "t5":
+        fewer = f"{ways['packing']['speed']:.2f} times fewer positions than random batches"
+        assert f"nothing else to set: the script packs its rows, {fewer}" in size["why"] and fewer in html
+        assert "fewer positions with packing, the default" in html and "times fewer, the default" in said
+    else:
+        assert "T5 and mT5 need it not" in flags["--train_sampling_strategy"]["why"] and "nothing else" not in html
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "parquet", "tsv"])
