@@ -9,7 +9,9 @@ import sys
 import pytest
 from transformers import HfArgumentParser
 
+import dataset_size
 import init_model
+import measure_dataset
 import plan_run
 import prepare_reviews
 import run_clm_instruct
@@ -74,6 +76,23 @@ def test_the_commands_on_spark_parse():
 def test_every_planning_command_parses(command):
     args = plan_run.parse_args(shlex.split(command.partition("plan_run.py ")[2]))
     assert args.model in init_model.T5_PRESETS | init_model.LLAMA_PRESETS
+
+
+MEASURING = {"dataset_size.py": dataset_size, "measure_dataset.py": measure_dataset}
+
+
+@pytest.mark.parametrize("name, command", [(name, c) for c in COMMANDS for name in MEASURING if f"{name} --" in c])
+def test_every_command_that_looks_at_data_parses(name, command):
+    words = shlex.split(command.partition(f"{name} ")[2])
+    args = MEASURING[name].parse_args(words)
+    if name == "measure_dataset.py":
+        assert measure_dataset.check_args(args) == []
+        assert args.train_file.startswith("data/") and args.output_dir.startswith("reports/")
+
+
+def test_the_readme_shows_how_to_look_at_data():
+    counts = {name: sum(f"{name} --" in c for c in COMMANDS) for name in MEASURING}
+    assert counts["dataset_size.py"] == counts["measure_dataset.py"] == 2
 
 
 def test_every_decoding_flag_named_is_one():
