@@ -952,7 +952,7 @@ def recommend(measures, args, tokenizer):
 
 def advise(measures, cut_share):
     """Return [sentence]: what to look at in the data before training on it."""
-    found, duplicates = [], measures["duplicates"]
+    found, duplicates, parts = [], measures["duplicates"], TASK_PARTS[measures["task"]]
     for part, (flag, limit) in measures["maxima"].items() if measures["task"] != "text" else ():
         entry = find_cut(measures, part)
         if entry["share"] > cut_share:
@@ -964,16 +964,16 @@ def advise(measures, cut_share):
         found.append(f"{duplicates['near']:,} rows nearly repeat another: read the pairs below before dropping any.")
     overlap = duplicates.get("overlap", {"same_source": 0, "near": 0})
     if both := overlap["same_source"] + overlap["near"]:
-        said = f"{both:,} validation rows are trained on too ({overlap['near']:,} not to the letter): their scores are"
+        said = f"{both:,} validation rows are trained on too ({overlap['near']:,} of them nearly): their scores are"
         found.append(f"{said} too good. Drop them from the training file.")
     if (unknown := measures["vocabulary"]["unknown_share"]) > 0.001:
         said = f"{unknown:.2%} of all tokens are unknown to this tokenizer: the model cannot read or write them. "
         found.append(f"{said}Clean the characters, or take a tokenizer that falls back to bytes.")
     frequent, copied = (measures.get("targets", {}).get(f"{name}_share", 0) for name in ("frequent", "copied"))
     if frequent >= 0.01:
-        found.append(f"{frequent:.1%} of the targets are the same few phrases: the model learns those.")
+        found.append(f"{frequent:.1%} of the {parts[1]}s are the same few phrases: the model learns those.")
     if copied >= 0.01:
-        found.append(f"{copied:.1%} of the targets are copied from the source word for word.")
+        found.append(f"{copied:.1%} of the {parts[1]}s are copied from the {parts[0]} word for word.")
     if other := measures["language"]["other_rows"]:
         found.append(f"{other:,} rows are not in {measures['language']['main']}.")
     if odd := sum(entry["rows"] for entry in measures["rows"]["train"]["odd"].values()):
@@ -984,46 +984,26 @@ def advise(measures, cut_share):
     return found
 
 
-def shorten_text(text, limit=600):
-    """Return a text cut in its middle to about `limit` characters."""
-    return text if len(text) <= limit else f"{text[: limit * 2 // 3]} […] {text[-limit // 3 :]}"
-
-
-def fetch_rows(path, task, ordinals):
-    """Return {ordinal: {"line", "source", "target", "label"}} of the rows to show; reads the file once more."""
-    wanted, found = set(ordinals), {}
-    examples = tqdm(read_examples(path, task), desc="fetching rows to show", unit=" rows", unit_scale=True)
-    for ordinal, line, (source, target, _, label) in examples:
-        if ordinal in wanted:
-            shown = {"source": shorten_text(source), "target": shorten_text(target)}
-            found[ordinal] = {"line": line, **shown, "label": label}
-            if len(found) == len(wanted):
-                break
-    return found
-
-
 def fill_in_rows(measures, train, chosen, path, task):
-    """Put the texts into the rows that are shown: the odd ones, the near pairs and the most frequent targets."""
-    shown, pairs, often = chosen
-    ordinals = train["columns"]["ordinal"]
-    indices = [index for rows in shown.values() for index, _ in rows] + [i for pair in pairs for i in pair]
-    indices += [index for index, _ in often]
-    texts = fetch_rows(path, task, [int(ordinals[index]) for index in indices])
-
-    def row(index):
-        return texts[int(ordinals[index])]
-
-    measures["shown"] = {title: [{**row(i), "what": what} for i, what in rows] for title, rows in shown.items()}
-    signatures = train["columns"]["signature"]
+    """Read the file once more for the texts of the rows that are shown: odd ones, near pairs, frequent targets."""
+    (shown, pairs, often), signatures = chosen, train["columns"]["signature"]
+    indices = [i for rows in shown.values() for i, _ in rows] + [i for pair in pairs for i in pair]
+    places = {int(train["columns"]["ordinal"][i]): i for i in (*indices, *(i for i, _ in often))}
+    texts, last = {}, max(places, default=-1)
+    examples = tqdm(read_examples(path, task), "fetching rows to show", unit=" rows", unit_scale=True)
+    for ordinal, line, (*both, _, label) in itertools.takewhile(lambda row: row[0] <= last, examples):
+        if ordinal in places:
+            source, target = (text if len(text) <= 600 else f"{text[:400]} […] {text[-200:]}" for text in both)
+            texts[places[ordinal]] = {"line": line, "source": source, "target": target, "label": label}
+    alike = [f"about {(signatures[a] == signatures[b]).mean():.0%} alike" for a, b in pairs]
+    measures["shown"] = {title: [{**texts[i], "what": what} for i, what in rows] for title, rows in shown.items()}
     measures["near_pairs"] = [
-        [{**row(i), "what": f"about {(signatures[a] == signatures[b]).mean():.0%} alike"} for i in (a, b)]
-        for a, b in pairs
+        [{**texts[i], "what": what} for i in pair] for pair, what in zip(pairs, alike, strict=True)
     ]
     if "targets" in measures:
         total = measures["rows"]["train"]["measured"]
-        measures["targets"]["frequent"] = [
-            {"text": row(index)["target"], "rows": rows, "share": rows / total} for index, rows in often
-        ]
+        frequent = [{"text": texts[i]["target"], "rows": rows, "share": rows / total} for i, rows in often]
+        measures["targets"]["frequent"] = frequent
 
 
 def summarize(measured, scans, args, task, tokenizer, language):
@@ -1112,6 +1092,7 @@ def draw_lengths(colors, lengths, part, limit):
         axes.axvline(limit, color=colors["mark"], linewidth=1.6)
         label = f"maximum {limit:,} "
         axes.text(limit, axes.get_ylim()[1] * 0.98, label, color=colors["mark"], ha="right", va="top", fontsize=9)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.yaxis.set_major_formatter("{x:,.0f}")
     axes.set_xlim(0, edge + step)
     return figure
@@ -1227,7 +1208,8 @@ p { margin: 6px 0 12px; } .soft { color: var(--soft); font-size: 14px; } code { 
 th, td { text-align: left; padding: 6px 14px 6px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 th { color: var(--soft); font-weight: 500; font-size: 13px; } td.n, th.n { text-align: right; white-space: nowrap;
   font-variant-numeric: tabular-nums; } td.pick { font-weight: 600; color: var(--main); }
-td.t { overflow-wrap: anywhere; } picture img { width: 100%; height: auto; display: block; margin: 8px 0; }
+td.t { overflow-wrap: anywhere; } td code { white-space: nowrap; }
+  picture img { width: 100%; height: auto; display: block; margin: 8px 0; }
 pre { background: var(--code); border: 1px solid var(--line); border-radius: 8px; padding: 14px 16px; overflow-x: auto;
   font: 13.5px/1.6 ui-monospace, "DejaVu Sans Mono", monospace; }
 ul { padding-left: 20px; margin: 6px 0; } li { margin: 5px 0; }
@@ -1288,10 +1270,10 @@ maximum, so that these are the texts longer than a row.</p>{% endif %}
 {{ m.padding.batch_size }} the {{ n(m.padding.real) }} real positions of an epoch become:</p>
 {{ figure("padding", "Positions computed for each real position") }}
 <div class="wide"><table><tr><th>way<th class="n">positions<th class="n">a real one<th class="n">real
-<th class="n">speed</tr>{% for name, way in m.padding.ways.items() %}<tr><td>{{ ways[name] }}
+<th class="n">fewer</tr>{% for name, way in m.padding.ways.items() %}<tr><td>{{ ways[name] }}
 <td class="n">{{ n(way.positions) }}<td class="n">{{ "%.2f" | format(way.per_real) }}
 <td class="n">{{ p(way.real_share) }}<td class="n">{{ "%.2f" | format(way.speed) }}×</tr>{% endfor %}</table></div>
-<p class="soft">Speed: times fewer positions than random batches, near to the gain in time where a step is all
+<p class="soft">Fewer: times fewer positions than random batches, near to the gain in time where a step is all
 computation. {% if m.padding.default == "packing" %}Packing is what the script does by itself for T5 and mT5: the rows
 of each random batch stand end to end. In a sample of the batches {{ n(m.padding.rows) }} rows became
 {{ n(m.padding.packed_rows) }}; --no_packing pads them.{% elif m.padding.rows %}Packing puts {{ n(m.padding.rows) }}
@@ -1330,8 +1312,8 @@ which finds about 95% of such pairs; case and punctuation do not count.
 <div class="wide"><table><tr><th>{{ parts[1] }}s<th class="n">rows<th class="n">share</tr>
 {{ count("the same words in {:,} rows or more, whatever their case".format(m.targets.frequent_limit),
          m.targets.frequent_rows, m.targets.frequent_share) }}
-{% for key, words in copied %}{{ count(words, m.targets[key], m.targets[key] / m.rows.train.measured) }}{% endfor %}
-</table></div>
+{% for key, words in copied %}
+{{ count(words.format(parts[0]), m.targets[key], m.targets[key] / m.rows.train.measured) }}{% endfor %}</table></div>
 {% if m.targets.frequent %}<div class="wide"><table><tr><th>most frequent {{ parts[1] }}s<th class="n">rows
 <th class="n">share</tr>{% for f in m.targets.frequent %}{{ count(f.text, f.rows, f.share) }}{% endfor %}</table></div>
 {% endif %}{% endif %}
@@ -1356,17 +1338,17 @@ of. Shorter rows are not judged.</p>
 <summary>{{ title }}</summary>{% for row in rows %}{{ example(row) }}{% endfor %}</details>{% endfor %}
 
 <h2>Recommended flags</h2><pre>{{ script }} \\
-    {{ flags }}</pre>
-<div class="wide"><table><tr><th>flag<th>why</tr>{% for f in m.recommended %}<tr><td><code>{{ f.flag }}
-{%- if f.value is not none %} {{ f.value }}{% endif %}</code><td>{{ f.why }}</tr>{% endfor %}</table></div>
+    {{ flags(m.recommended) }}</pre>
+<div class="wide"><table><tr><th>flag<th>why</tr>{% for f in m.recommended %}<tr><td><code>{{ flags([f]) }}</code>
+<td>{{ f.why }}</tr>{% endfor %}</table></div>
 </main></body></html>
 """
 
 COPIED = (
-    ("equal_source", "equal to the source"),
-    ("start_source", "the words the source starts with"),
-    ("inside_source", "elsewhere in the source, word for word"),
-    ("longer_than_source", "longer than the source, in tokens"),
+    ("equal_source", "equal to the {}"),
+    ("start_source", "the words the {} starts with"),
+    ("inside_source", "elsewhere in the {}, word for word"),
+    ("longer_than_source", "longer than the {}, in tokens"),
 )
 
 
@@ -1390,7 +1372,7 @@ def render_report(measures, figures):
         near=NEAR_SIMILARITY,
         language_words=LANGUAGE_WORDS,
         script="run_summarization.py" if task == "summarization" else "run_clm_instruct.py",
-        flags=format_flags(measures["recommended"]),
+        flags=format_flags,
         date=time.strftime("%Y-%m-%d"),
     )
 
