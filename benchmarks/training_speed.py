@@ -143,6 +143,7 @@ def train_stock(args: argparse.Namespace, folder: str) -> None:
         return {**features, "labels": targets["input_ids"]}
 
     rows = load_dataset("csv", data_files=args.train_file, split="train")
+    rows = rows.filter(lambda row: row["review_body"] and row["review_headline"])  # as there: "NA" is read as null
     rows = rows.map(tokenize, batched=True, remove_columns=rows.column_names)
     collator = DataCollatorForSeq2Seq(
         tokenizer, model=model, label_pad_token_id=-100, pad_to_multiple_of=8 if args.bf16 else None
@@ -160,6 +161,7 @@ def measure_loss(model, args: argparse.Namespace) -> float:
 
     tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
     rows = load_dataset("csv", data_files=args.validation_file, split=f"train[:{args.max_eval_rows}]")
+    rows = rows.filter(lambda row: row["review_body"] and row["review_headline"])
     total = tokens = 0
     model.eval()
     for start in range(0, len(rows), 16):

@@ -139,6 +139,34 @@ def test_odd_batches_are_packed_too(sizes):
     assert sorted(i for row in rows for i in row) == list(range(len(sizes)))
 
 
+# ------------------------------------------------------------------------------------------------ dropout
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_cpus_dropout_drops_a_share_of_p_scales_the_rest_and_its_gradient_alike(p, dtype):
+    torch.manual_seed(0)
+    values = torch.ones(100_001, dtype=dtype, requires_grad=True)
+    dropped = script.drop_on_cpu(values, p)
+    (gradient,) = torch.autograd.grad(dropped.sum(), values)
+    assert dropped.dtype == dtype and torch.equal(dropped, gradient)  # of ones
+    kept = dropped != 0
+    assert kept.double().mean().item() == pytest.approx(1 - p, abs=5 * (p * (1 - p) / 1e5) ** 0.5)
+    assert dropped[kept].unique().tolist() == pytest.approx([1 / (1 - p)], rel=1e-2)
+    for step in (1, 2, 3, 4, 7):  # neighbours come from one number
+        assert (kept[step:] & kept[:-step]).double().mean().item() == pytest.approx((1 - p) ** 2, abs=0.01)
+
+
+def test_the_cpus_dropout_follows_the_seed_and_does_nothing_in_evaluation():
+    values = torch.randn(3, 5)
+    torch.manual_seed(1)
+    first, second = script.drop_on_cpu(values, 0.5), script.drop_on_cpu(values, 0.5)
+    torch.manual_seed(1)
+    assert torch.equal(script.drop_on_cpu(values, 0.5), first) and not torch.equal(first, second)
+    assert script.drop_on_cpu(values, 0.5, training=False) is values and script.drop_on_cpu(values, 0.0) is values
+    assert script.drop_on_cpu(values, 1.0).abs().sum() == 0
+
+
 # ------------------------------------------------------------------------------------------------ the loss
 
 
