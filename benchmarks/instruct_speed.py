@@ -164,7 +164,15 @@ def main() -> None:
         for name in ("train_file", "validation_file"):
             setattr(args, name, str(Path(getattr(args, name)).resolve()))
         if args.model_name_or_path is None:
-            tool = [sys.executable, ROOT / "data_prep/init_model.py", "--preset", args.preset, "--train_file"]
+            tool = [
+                sys.executable,
+                ROOT / "data_prep/init_model.py",
+                "--architecture",
+                "llama",
+                "--preset",
+                args.preset,
+                "--train_file",
+            ]
             tool += [
                 args.train_file,
                 "--text_columns",

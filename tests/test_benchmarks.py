@@ -21,6 +21,7 @@ def test_the_memory_table_has_factored_state_for_zero_adafactor_alone(tmp_path):
     assert float(rows["ZeroAdafactor"][5]) < 1e-6 < 1e-3 < float(rows["Adafactor"][5])
 
 
+@pytest.mark.slow
 def test_the_generation_table_has_both_sides_with_the_same_texts(tmp_path):
     command = [sys.executable, ROOT / "benchmarks/generation_speed.py", "--preset", "tiny", "--num_rows", "24"]
     printed = run([*command, "--rounds", "1", "--max_new_tokens", "6"], cwd=tmp_path).stdout
@@ -36,3 +37,23 @@ def test_the_fit_runs_all_three_optimizers(tmp_path):
     lines = run(command, cwd=tmp_path).stdout.splitlines()
     results = [json.loads(line[line.index("{") :]) for line in lines if "peak GB" in line]
     assert len(results) == 3 and all(result["step s"] > 0 for result in results)
+
+
+@pytest.mark.slow
+def test_the_training_table_has_less_padding_and_the_loss_of_stock(tmp_path):
+    command = [sys.executable, ROOT / "benchmarks/training_speed.py", "--preset", "tiny", "--rounds", "1"]
+    results = json.loads(run([*command, "--steps", "40"], cwd=tmp_path).stdout.splitlines()[-1])
+    assert results["ours"]["real source"] > 0.9 > results["stock"]["real source"]
+    assert results["ours"]["loss"] == pytest.approx(results["stock"]["loss"], rel=0.05)
+
+
+@pytest.mark.slow
+def test_the_instruct_table_has_full_rows(tmp_path):
+    rows = [{"instruction": f"Say {i}.", "context": "", "response": f"{i} " * (1 + i % 7)} for i in range(400)]
+    for name in ("train", "validation"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = [sys.executable, ROOT / "benchmarks/instruct_speed.py", "--preset", "tiny", "--rounds", "1"]
+    command += ["--train_file", "train.jsonl", "--validation_file", "validation.jsonl", "--sides", "trainer", "ours"]
+    done = run([*command, "--steps", "3", "--max_seq_length", "128"], cwd=tmp_path)
+    results = json.loads(done.stdout.splitlines()[-1])
+    assert results["ours"]["real"] > 0.9 > results["trainer"]["real"]

@@ -137,7 +137,7 @@ def test_every_deepspeed_config_leaves_the_optimizer_to_the_flags_and_the_rest_o
 def test_offload_configs_train_a_step_in_bf16_with_adafactor(work, tmp_path, name):
     # zero2.json and zero3.json are run by the four ways above.
     run(
-        ["deepspeed", "--num_gpus", "1", "--master_port", "29572", SCRIPT, "--model_name_or_path", work / "tiny-t5"]
+        [sys.executable, SCRIPT, "--model_name_or_path", work / "tiny-t5"]  # without a launcher: one rank
         + ["--deepspeed", ROOT / f"ds_configs/{name}.json", "--do_train", "--train_file", work / "train.csv"]
         + ["--output_dir", tmp_path / "out", "--optim", "adafactor", "--bf16", "--max_steps", "2"]
         + ["--logging_steps", "1", "--gradient_checkpointing", "--save_strategy", "no"],
