@@ -225,9 +225,9 @@ def make_packed_trainer(place, tmp_path):
 def test_packing_is_refused_where_the_attention_lets_examples_see_each_other(place, tmp_path):
     trainer = make_packed_trainer(place, tmp_path)
     assert script.measure_packing(trainer) < 1e-5
-    sound = trainer.packed_collator
+    sound = trainer.train_collator
     # transformers 5.23 makes no block-diagonal mask while it keeps a cache, and does not say so
-    trainer.packed_collator = lambda rows: sound(rows) | {"use_cache": True}
+    trainer.train_collator = lambda rows: sound(rows) | {"use_cache": True}
     with pytest.raises(script.UsageError, match="lets packed examples see each other"):
         script.PackingCheck(trainer).on_train_begin(trainer.args, None, None)
 
