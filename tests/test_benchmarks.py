@@ -9,6 +9,7 @@ import pytest
 from conftest import ROOT, run
 
 
+@pytest.mark.slow
 def test_the_memory_table_has_factored_state_for_zero_adafactor_alone(tmp_path):
     command = [sys.executable, ROOT / "benchmarks/adafactor_memory.py", "--shape", "tiny", "--ranks", "2"]
     printed = run([*command, "--stages", "2", "--steps", "3"], cwd=tmp_path).stdout

@@ -136,7 +136,7 @@ def four_ways(place) -> dict[str, Path]:
     flags = ["--do_train", "--do_eval", "--validation_file", place / "validation.jsonl", "--optim", "sgd"]
     flags += ["--max_train_samples", "58", "--learning_rate", "0.1", "--num_train_epochs", "1", "--logging_steps", "1"]
     flags += ["--predict_with_generate", "--max_new_tokens", "16", "--per_device_eval_batch_size", "4", "--skip_audit"]
-    ranks = ["deepspeed", "--num_gpus", "2", "--master_port", "29575", SCRIPT]
+    ranks = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29575", SCRIPT]
     ways = {
         "16x1": ([sys.executable, SCRIPT], 16, 1, None),
         "4x4": ([sys.executable, SCRIPT], 4, 4, None),

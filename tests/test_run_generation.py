@@ -279,7 +279,7 @@ def test_two_ranks_write_the_table_of_one(trained, table, one_process, tmp_path,
 
 
 def test_zero3_on_two_ranks_writes_the_table_of_one_process(trained, table, one_process, tmp_path):
-    start = ["deepspeed", "--num_gpus", "2", "--master_port", "29592", SCRIPT]
+    start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29592", SCRIPT]
     zero = ["--deepspeed", ROOT / "ds_configs/zero3_inference.json", *WAYS["beams"]]
     run(command(trained, table, tmp_path / "out.csv", *CUT, *zero, start=start), cwd=tmp_path)
     assert read_csv(tmp_path / "out.csv") == one_process["beams"]
