@@ -31,6 +31,7 @@ import resource
 import socket
 import sys
 import time
+import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -1247,6 +1248,8 @@ def main(argv: list[str] | None = None) -> dict:
     logging.basicConfig(format="%(levelname)s: %(message)s", handlers=[logging.StreamHandler(sys.stdout)])
     datasets.disable_progress_bars()
     transformers.utils.logging.set_verbosity_error()
+    # DeepSpeed 0.19 calls torch 2.13 by names it has renamed, a line each time.
+    warnings.filterwarnings("ignore", "`torch.distributed.* is deprecated", FutureWarning)
     start_ranks(model_args)
     started = time.perf_counter()
 

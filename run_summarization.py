@@ -36,6 +36,7 @@ import re
 import socket
 import sys
 import time
+import warnings
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -1723,6 +1724,8 @@ def set_up_logging(training_args) -> None:
     logger.setLevel(level)
     datasets.utils.logging.set_verbosity(logging.WARNING)
     transformers.utils.logging.set_verbosity(level)
+    # DeepSpeed 0.19 calls torch 2.13 by names it has renamed: thousands of lines in a short run under ZeRO.
+    warnings.filterwarnings("ignore", "`torch.distributed.* is deprecated", FutureWarning)
     if training_args.n_gpu > 1:
         # DataParallel would scatter the rows but not the token count; one process a GPU is also much faster.
         logger.warning("%d GPUs here, one used: start with `deepspeed` or `torchrun` to use all", training_args.n_gpu)

@@ -1,11 +1,16 @@
 # Copyright 2026 The plaintune authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
-"""What the tests share: small synthetic files, a tiny T5 made on the spot, and one way to run a command."""
+"""What the tests share: small synthetic files, a tiny T5 made on the spot, and two ways to run a command."""
 
+import atexit
 import csv
+import functools
+import json
 import os
 import random
+import select
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -43,20 +48,55 @@ def write_csv(path: Path, rows) -> Path:
     return path
 
 
-def run(command: list, cwd: Path, timeout: int = 280, check: bool = True) -> subprocess.CompletedProcess:
-    """Run a command and return it with its output; on a wrong exit code the test fails showing the output's end."""
+def make_environment() -> dict[str, str]:
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "DS_ACCELERATOR"):
         environment.pop(name, None)
+    return environment
+
+
+def run(command: list, cwd: Path, timeout: int = 280, check: bool = True) -> subprocess.CompletedProcess:
+    """Run a command and return it with its output; on a wrong exit code the test fails showing the output's end."""
     done = subprocess.run(
         [str(part) for part in command],
         cwd=cwd,
-        env=environment,
+        env=make_environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         timeout=timeout,
     )
+    if check:
+        assert done.returncode == 0, done.stdout[-6000:]
+    return done
+
+
+@functools.cache
+def start_fork_server() -> subprocess.Popen:
+    """fork_server.py, once for all tests of this process; it ends with its standard input."""
+    server = [sys.executable, ROOT / "tests/fork_server.py"]
+    process = subprocess.Popen(server, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    atexit.register(process.kill)
+    return process
+
+
+def run_warm(script: Path, *words, cwd: Path, ranks: int = 0, port: int = 0, check: bool = True, timeout: int = 280):
+    """
+    run([sys.executable, script, *words]), or with ranks by torchrun on so many, without waiting for the imports.
+
+    For runs whose start is not the point: every script has tests that start it as a user does.
+    """
+    with tempfile.NamedTemporaryFile(mode="r", errors="replace") as output:
+        request = {"words": [str(word) for word in (script, *words)], "ranks": ranks, "port": port, "cwd": str(cwd)}
+        request |= {"environ": make_environment(), "output": output.name}
+        server = start_fork_server()
+        server.stdin.write(json.dumps(request) + "\n")
+        server.stdin.flush()
+        if not select.select([server.stdout], [], [], timeout)[0]:
+            server.kill()
+            start_fork_server.cache_clear()
+            raise TimeoutError(f"{script} took over {timeout} s:\n{output.read()[-6000:]}")
+        done = subprocess.CompletedProcess(request["words"], int(server.stdout.readline()), output.read())
     if check:
         assert done.returncode == 0, done.stdout[-6000:]
     return done
@@ -69,11 +109,9 @@ def work(tmp_path_factory) -> Path:
     write_csv(folder / "train.csv", make_rows(90, 1))
     write_csv(folder / "validation.csv", make_rows(13, 2))
     write_csv(folder / "many.csv", make_rows(800, 3))
-    run(
-        [sys.executable, ROOT / "data_prep/init_model.py", "--preset", "tiny", "--train_file", "many.csv"]
-        + ["--text_columns", "review_body", "review_headline", "--vocab_size", "300", "--output_dir", "tiny-t5"],
-        cwd=folder,
-    )
+    words = ["--preset", "tiny", "--train_file", "many.csv", "--text_columns", "review_body", "review_headline"]
+    words += ["--vocab_size", "300", "--output_dir", "tiny-t5"]
+    run_warm(ROOT / "data_prep/init_model.py", *words, cwd=folder)
     config = folder / "tiny-t5/config.json"
     config.write_text(config.read_text().replace('"dropout_rate": 0.1', '"dropout_rate": 0.0'))
     assert '"dropout_rate": 0.0' in config.read_text()

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 import run_summarization as script
-from conftest import ROOT, run
+from conftest import ROOT, run, run_warm
 
 
 @pytest.fixture
@@ -153,8 +153,8 @@ def test_a_mistake_under_the_deepspeed_runner_is_reported_once_and_fails(tmp_pat
 
 def test_rows_without_text_or_summary_are_counted_and_named(work, tmp_path):
     (tmp_path / "a.csv").write_text('text,summary\ngood,fine\n,"no text"\n"no summary",""\nNA,None\n')
-    done = run(
-        [sys.executable, ROOT / "run_summarization.py", "--model_name_or_path", work / "tiny-t5", "--do_train"]
+    done = run_warm(
+        *[ROOT / "run_summarization.py", "--model_name_or_path", work / "tiny-t5", "--do_train"]
         + ["--train_file", "a.csv", "--output_dir", "out", "--max_steps", "1", "--save_strategy", "no"],
         cwd=tmp_path,
     )

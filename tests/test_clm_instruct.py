@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import run_clm_instruct as script
-from conftest import ROOT, run
+from conftest import ROOT, run, run_warm
 from test_run_summarization import KILL_IN_SAVE, history, read_predictions
 
 SCRIPT = ROOT / "run_clm_instruct.py"
@@ -44,17 +44,14 @@ def place(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("clm")
     write_jsonl(folder / "train.jsonl", make_instructions(64, 1))
     write_jsonl(folder / "validation.jsonl", [r | {"context": "Held out."} for r in make_instructions(13, 2)])
-    run(
-        [sys.executable, ROOT / "data_prep/init_model.py", "--architecture", "llama", "--preset", "tiny"]
-        + ["--train_file", "train.jsonl", "--vocab_size", "600", "--output_dir", "tiny-llama"],
-        cwd=folder,
-    )
+    words = ["--architecture", "llama", "--preset", "tiny", "--train_file", "train.jsonl", "--vocab_size", "600"]
+    run_warm(ROOT / "data_prep/init_model.py", *words, "--output_dir", "tiny-llama", cwd=folder)
     return folder
 
 
-def command(place: Path, *flags, start=None) -> list:
+def command(place: Path, *flags, start=SCRIPT) -> list:
     sound = ["--model_name_or_path", place / "tiny-llama", "--train_file", place / "train.jsonl"]
-    return [*(start or [sys.executable, SCRIPT]), *sound, "--max_seq_length", "256", *flags]
+    return [start, *sound, "--max_seq_length", "256", *flags]
 
 
 # --------------------------------------------------------------------------------------------- learns and stops
@@ -72,7 +69,7 @@ def overfitted(place) -> Path:
     (alone / "no-pad/tokenizer_config.json").write_text(json.dumps(settings))
     flags = ["--do_train", "--do_predict", "--test_file", place / "train.jsonl", "--packing", "--skip_audit"]
     flags += ["--model_name_or_path", alone / "no-pad", *OVERFIT, "--output_dir", "out"]
-    done = run(command(place, *flags, start=[sys.executable, "run_clm_instruct.py"]), cwd=alone)
+    done = run([sys.executable, *command(place, *flags, start="run_clm_instruct.py")], cwd=alone)
     (alone / "printed.txt").write_text(done.stdout)
     return alone / "out"
 
@@ -98,7 +95,7 @@ def test_overfitted_on_packed_rows_with_pad_equal_to_eos_it_gives_all_answers_an
 def test_overfitted_on_single_rows_it_gives_all_answers_and_stops(place, tmp_path):
     flags = ["--do_train", "--do_predict", "--test_file", place / "train.jsonl", "--skip_audit", *OVERFIT]
     flags += ["--output_dir", tmp_path / "out"]
-    run(command(place, *flags), cwd=tmp_path)
+    run_warm(*command(place, *flags), cwd=tmp_path)
     all_answers_right(tmp_path / "out", make_instructions(64, 1))
 
 
@@ -136,19 +133,19 @@ def four_ways(place) -> dict[str, Path]:
     flags = ["--do_train", "--do_eval", "--validation_file", place / "validation.jsonl", "--optim", "sgd"]
     flags += ["--max_train_samples", "58", "--learning_rate", "0.1", "--num_train_epochs", "1", "--logging_steps", "1"]
     flags += ["--predict_with_generate", "--max_new_tokens", "16", "--per_device_eval_batch_size", "4", "--skip_audit"]
-    ranks = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29575", SCRIPT]
-    ways = {
-        "16x1": ([sys.executable, SCRIPT], 16, 1, None),
-        "4x4": ([sys.executable, SCRIPT], 4, 4, None),
-        "2 ranks 8x1 ZeRO-2": (ranks, 8, 1, "zero2.json"),
-        "2 ranks 4x2 ZeRO-3": (ranks, 4, 2, "zero3.json"),
+    ways = {  # rows a rank, steps, DeepSpeed config
+        "16x1": (16, 1, None),
+        "4x4": (4, 4, None),
+        "2 ranks 8x1 ZeRO-2": (8, 1, "zero2.json"),
+        "2 ranks 4x2 ZeRO-3": (4, 2, "zero3.json"),
     }
     outs = {}
-    for name, (start, rows, steps, config) in ways.items():
+    for name, (rows, steps, config) in ways.items():
         out = place / name.replace(" ", "_")
         cut = ["--per_device_train_batch_size", rows, "--gradient_accumulation_steps", steps, "--output_dir", out]
         zero = ["--deepspeed", ROOT / "ds_configs" / config] if config else []
-        run(command(place, *flags, *cut, *zero, "--save_strategy", "no", start=start), cwd=place)
+        words = command(place, *flags, *cut, *zero, "--save_strategy", "no")
+        run_warm(*words, cwd=place, ranks=2 if config else 0, port=29575)
         outs[name] = out
     return outs
 
@@ -196,9 +193,9 @@ def test_packed_and_single_rows_give_the_same_losses_and_gradient_norms(place, t
     flags = ["--do_train", "--max_train_samples", "16", "--optim", "sgd", "--learning_rate", "0.1"]
     flags += ["--num_train_epochs", "5", "--logging_steps", "1", "--per_device_train_batch_size", "16"]
     flags += ["--lr_scheduler_type", "constant", "--save_strategy", "no", "--output_dir"]
-    run(command(place, *flags, tmp_path / "single"), cwd=tmp_path)
-    run(command(place, *flags, tmp_path / "sdpa", "--packing"), cwd=tmp_path)
-    run(command(place, *flags, tmp_path / "eager", "--packing", "--attn_implementation", "eager"), cwd=tmp_path)
+    run_warm(*command(place, *flags, tmp_path / "single"), cwd=tmp_path)
+    run_warm(*command(place, *flags, tmp_path / "sdpa", "--packing"), cwd=tmp_path)
+    run_warm(*command(place, *flags, tmp_path / "eager", "--packing", "--attn_implementation", "eager"), cwd=tmp_path)
     for key in ("loss", "grad_norm"):
         expected = history(tmp_path / "single", key)
         assert len(expected) == 5
@@ -208,7 +205,7 @@ def test_packed_and_single_rows_give_the_same_losses_and_gradient_norms(place, t
 
 def make_packed_trainer(place, tmp_path):
     flags = ["--do_train", "--packing", "--output_dir", tmp_path / "out"]
-    argv = [str(part) for part in command(place, *flags)[2:]]
+    argv = [str(part) for part in command(place, *flags)[1:]]
     model_args, data_args, training_args = script.parse_arguments(
         argv, script.INSTRUCT_ARGUMENTS, script.find_instruct_problems
     )
@@ -249,7 +246,7 @@ def test_flattened_rows_hold_the_same_tokens_and_positions(place, tmp_path):
 def test_adapters_alone_are_trained_and_the_merged_folder_is_the_same_model(place, tmp_path):
     flags = ["--do_train", "--lora_rank", "4", "--merge_lora", "--learning_rate", "1e-2", "--max_steps", "20"]
     flags += ["--gradient_checkpointing", "--save_strategy", "no", "--output_dir", tmp_path / "out"]
-    run(command(place, *flags), cwd=tmp_path)
+    run_warm(*command(place, *flags), cwd=tmp_path)
     assert not (tmp_path / "out/model.safetensors").exists()
     base = AutoModelForCausalLM.from_pretrained(place / "tiny-llama").eval()
     adapted = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()  # by adapter_config.json
@@ -276,11 +273,11 @@ def test_a_packed_lora_run_killed_while_saving_resumes_and_ends_bit_equal(place,
         "--save_steps",
     ]
     flags += ["3", "--per_device_train_batch_size", "2", "--seed", "7", "--output_dir"]
-    run(command(place, *flags, tmp_path / "whole"), cwd=tmp_path)
-    killing = KILL_IN_SAVE.replace("run_summarization", "run_clm_instruct")
-    killed = command(place, *flags, tmp_path / "killed", start=[sys.executable, "-c", killing, ROOT])
-    assert run(killed, cwd=tmp_path, check=False).returncode == -9
-    resumed = run(command(place, *flags, tmp_path / "killed"), cwd=tmp_path).stdout
+    run_warm(*command(place, *flags, tmp_path / "whole"), cwd=tmp_path)
+    (tmp_path / "killed.py").write_text(KILL_IN_SAVE.replace("run_summarization", "run_clm_instruct"))
+    words = command(place, *flags, tmp_path / "killed", start=tmp_path / "killed.py")
+    assert run_warm(*words, cwd=tmp_path, check=False).returncode == -9
+    resumed = run_warm(*command(place, *flags, tmp_path / "killed"), cwd=tmp_path).stdout
     assert "Passing over" in resumed and f"going on from {tmp_path / 'killed/checkpoint-3'}" in resumed
     name = "adapter_model.safetensors"
     assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
@@ -295,7 +292,7 @@ def test_a_text_file_is_trained_on_whole_and_its_end_is_the_validation(place, tm
     flags = ["--train_file", tmp_path / "play.txt", "--do_train", "--do_eval", "--max_seq_length", "64"]
     flags += ["--validation_split_percentage", "10", "--max_steps", "60", "--learning_rate", "1e-2"]
     flags += ["--logging_steps", "10", "--save_strategy", "no", "--output_dir", tmp_path / "out"]
-    printed = run(command(place, *flags), cwd=tmp_path).stdout
+    printed = run_warm(*command(place, *flags), cwd=tmp_path).stdout
     results = json.loads((tmp_path / "out/all_results.json").read_text())
     losses = history(tmp_path / "out", "loss")
     assert losses[-1] < losses[0] / 2 and results["eval_loss"] < losses[0] / 2
@@ -312,7 +309,7 @@ def test_without_validation_data_prompts_are_split_and_none_is_on_both_sides(pla
     write_jsonl(tmp_path / "rows.jsonl", rows)
     flags = ["--train_file", tmp_path / "rows.jsonl", "--do_eval", "--do_train", "--output_dir", tmp_path / "out"]
     flags += ["--validation_split_percentage", "20", "--audit_only"]
-    printed = run(command(place, *flags), cwd=tmp_path).stdout
+    printed = run_warm(*command(place, *flags), cwd=tmp_path).stdout
     table = {line[:34].strip(): line[34:].split() for line in printed.splitlines() if line[:5] not in ("", "---")}
     train, validation = map(int, table["rows read"])
     assert train + validation == 260 and 26 <= validation <= 80
@@ -325,7 +322,7 @@ def test_chats_train_on_every_answer_and_the_odd_rows_are_named(place, tmp_path)
     chats.append({"messages": [{"role": "robot", "content": "x"}, {"role": "assistant", "content": "y"}]})
     write_jsonl(tmp_path / "chats.jsonl", chats)
     flags = ["--train_file", tmp_path / "chats.jsonl", "--prompt_template", "llama2", "--audit_only"]
-    printed = run(command(place, *flags), cwd=tmp_path).stdout
+    printed = run_warm(*command(place, *flags), cwd=tmp_path).stdout
     assert "left out 1 x unknown role 'robot'" in printed
     assert f"{'answers':<34}{sum(1 + i % 3 for i in range(40)):>14}" in printed
     assert f"{'  share of answers':<34}{'100.0%':>14}" in printed
@@ -405,7 +402,7 @@ def test_a_broken_jinja_file_is_refused_before_anything_is_loaded(arguments, tmp
 )
 def test_what_only_the_data_shows_ends_with_code_2_and_no_traceback(place, tmp_path, flags, said):
     flags = [place / "train.jsonl" if flag == "TRAIN" else flag for flag in flags]
-    done = run(command(place, "--do_train", "--output_dir", "out", *flags), cwd=tmp_path, check=False)
+    done = run_warm(*command(place, "--do_train", "--output_dir", "out", *flags), cwd=tmp_path, check=False)
     assert done.returncode == 2 and "Traceback" not in done.stdout
     assert f"{said}" in done.stdout.split("error: ")[1]
 
@@ -413,7 +410,7 @@ def test_what_only_the_data_shows_ends_with_code_2_and_no_traceback(place, tmp_p
 def test_a_template_that_raises_is_named_with_its_message(place, tmp_path):
     (tmp_path / "t.jinja").write_text("{{ raise_exception('no such talk') }}")
     flags = ["--prompt_template", tmp_path / "t.jinja", "--do_train", "--output_dir", "out"]
-    done = run(command(place, *flags), cwd=tmp_path, check=False)
+    done = run_warm(*command(place, *flags), cwd=tmp_path, check=False)
     assert done.returncode == 2 and "Traceback" not in done.stdout
     assert "64 x the template says: no such talk" in done.stdout
 

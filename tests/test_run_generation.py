@@ -18,7 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig
 
 import run_generation as script
-from conftest import ROOT, make_rows, run, write_csv
+from conftest import ROOT, make_rows, run, run_warm, write_csv
 from test_clm_instruct import make_instructions, write_jsonl
 
 SCRIPT = ROOT / "run_generation.py"
@@ -29,8 +29,8 @@ def read_csv(path: Path) -> list[dict]:
         return list(csv.DictReader(stream))
 
 
-def command(model: Path, table: Path, output: Path, *flags, start=None) -> list:
-    words = [*(start or [sys.executable, SCRIPT]), "--model_name_or_path", model, "--input_file", table]
+def command(model: Path, table: Path, output: Path, *flags, start=SCRIPT) -> list:
+    words = [start, "--model_name_or_path", model, "--input_file", table]
     return [*words, "--output_file", output, "--dtype", "float32", "--max_new_tokens", "12", *flags]
 
 
@@ -39,13 +39,10 @@ def llama(tmp_path_factory) -> Path:
     """A tiny Llama trained for a few steps on questions, so that its answers end at different lengths."""
     folder = tmp_path_factory.mktemp("llama")
     write_jsonl(folder / "train.jsonl", make_instructions(200, 1))
-    run(
-        [sys.executable, ROOT / "data_prep/init_model.py", "--architecture", "llama", "--preset", "tiny"]
-        + ["--train_file", "train.jsonl", "--vocab_size", "600", "--output_dir", "tiny-llama"],
-        cwd=folder,
-    )
-    run(
-        [sys.executable, ROOT / "run_clm_instruct.py", "--model_name_or_path", "tiny-llama", "--do_train"]
+    words = ["--architecture", "llama", "--preset", "tiny", "--train_file", "train.jsonl", "--vocab_size", "600"]
+    run_warm(ROOT / "data_prep/init_model.py", *words, "--output_dir", "tiny-llama", cwd=folder)
+    run_warm(
+        *[ROOT / "run_clm_instruct.py", "--model_name_or_path", "tiny-llama", "--do_train"]
         + ["--train_file", "train.jsonl", "--prompt_template", "plain", "--max_steps", "80", "--learning_rate", "5e-3"]
         + ["--save_strategy", "no", "--output_dir", "out"],
         cwd=folder,
@@ -57,7 +54,7 @@ def make_generator(model_folder, data_folder, **decoding):
     """A Generator over a folder's model, as main() makes it."""
     table = write_csv(data_folder / "rows.csv", make_rows(3, 1))
     flags = [f"--{name}={json.dumps(value)}" for name, value in decoding.items()]
-    argv = [str(w) for w in command(model_folder, table, data_folder / "never.csv", *flags)[2:]]
+    argv = [str(w) for w in command(model_folder, table, data_folder / "never.csv", *flags)[1:]]
     model_args, data_args, given = script.parse_generation_arguments(argv)
     model, writer, prompts, config = script.load_generator(model_args, data_args, given)
     generator = script.Generator(model, writer, prompts, config, data_args, counts=Counter())
@@ -192,8 +189,8 @@ def table(tmp_path_factory) -> Path:
 
 def test_every_column_and_the_order_are_kept_and_one_column_is_new(trained, table, tmp_path):
     (tmp_path / "run_generation.py").write_text(SCRIPT.read_text())  # alone in an empty folder
-    alone = [sys.executable, "run_generation.py"]
-    done = run(command(trained, table, "out.csv", "--max_source_length", "96", start=alone), cwd=tmp_path)
+    words = command(trained, table, "out.csv", "--max_source_length", "96", start="run_generation.py")
+    done = run([sys.executable, *words], cwd=tmp_path)
     before, after = read_csv(table), read_csv(tmp_path / "out.csv")
     assert [{k: v for k, v in row.items() if k != "prediction"} for row in after] == before
     assert list(after[0]) == ["review_body", "review_headline", "product_id", "prediction"]
@@ -218,7 +215,7 @@ def test_typed_columns_and_lists_come_out_as_they_went_in(trained, tmp_path, end
     source = tmp_path / f"in.{ending}"
     datasets.Dataset.from_list(rows).to_parquet(source) if ending == "parquet" else write_jsonl(source, rows)
     out = tmp_path / f"out.{ending}"
-    run(command(trained, source, out), cwd=tmp_path)
+    run_warm(*command(trained, source, out), cwd=tmp_path)
     read = datasets.load_dataset("parquet" if ending == "parquet" else "json", data_files=str(out), split="train")
     assert [{k: v for k, v in row.items() if k != "prediction"} for row in read] == rows
     assert read[4]["prediction"] == "" and all(read[i]["prediction"] for i in (0, 8))
@@ -232,8 +229,8 @@ def test_chats_and_instructions_are_answered_by_the_saved_template(llama, tmp_pa
         user = {"role": "user", "content": row["instruction"], "context": row["context"]}
         chats.append({"messages": [user, {"role": "assistant", "content": "to be replaced", "context": ""}]})
     write_jsonl(tmp_path / "chats.jsonl", chats)
-    run(command(llama, tmp_path / "rows.jsonl", tmp_path / "a.jsonl"), cwd=tmp_path)
-    run(command(llama, tmp_path / "chats.jsonl", tmp_path / "b.jsonl"), cwd=tmp_path)
+    run_warm(*command(llama, tmp_path / "rows.jsonl", tmp_path / "a.jsonl"), cwd=tmp_path)
+    run_warm(*command(llama, tmp_path / "chats.jsonl", tmp_path / "b.jsonl"), cwd=tmp_path)
     answers = [json.loads(line)["prediction"] for line in open(tmp_path / "a.jsonl")]
     assert answers == [json.loads(line)["prediction"] for line in open(tmp_path / "b.jsonl")]
     model, tokenizer = AutoModelForCausalLM.from_pretrained(llama), AutoTokenizer.from_pretrained(llama)
@@ -262,7 +259,7 @@ def one_process(trained, table, tmp_path_factory) -> dict[str, list[dict]]:
     folder = tmp_path_factory.mktemp("one")
     outs = {}
     for name, flags in WAYS.items():
-        run(command(trained, table, folder / f"{name}.csv", *CUT, *flags), cwd=folder)
+        run_warm(*command(trained, table, folder / f"{name}.csv", *CUT, *flags), cwd=folder)
         outs[name] = read_csv(folder / f"{name}.csv")
     return outs
 
@@ -273,15 +270,14 @@ WAYS = {"beams": ["--num_beams", "2"], "samples": ["--do_sample", "--temperature
 
 @pytest.mark.parametrize("name", WAYS)
 def test_two_ranks_write_the_table_of_one(trained, table, one_process, tmp_path, name):
-    start = [Path(sys.executable).parent / "torchrun", "--nproc_per_node", "2", "--master_port", "29591", SCRIPT]
-    run(command(trained, table, tmp_path / "out.csv", *CUT, *WAYS[name], start=start), cwd=tmp_path)
+    run_warm(*command(trained, table, tmp_path / "out.csv", *CUT, *WAYS[name]), cwd=tmp_path, ranks=2, port=29591)
     assert read_csv(tmp_path / "out.csv") == one_process[name]
 
 
 def test_zero3_on_two_ranks_writes_the_table_of_one_process(trained, table, one_process, tmp_path):
-    start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29592", SCRIPT]
+    start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29592"]
     zero = ["--deepspeed", ROOT / "ds_configs/zero3_inference.json", *WAYS["beams"]]
-    run(command(trained, table, tmp_path / "out.csv", *CUT, *zero, start=start), cwd=tmp_path)
+    run([*start, *command(trained, table, tmp_path / "out.csv", *CUT, *zero)], cwd=tmp_path)
     assert read_csv(tmp_path / "out.csv") == one_process["beams"]
 
 
@@ -291,11 +287,12 @@ def test_zero3_on_two_ranks_writes_the_table_of_one_process(trained, table, one_
 def test_a_run_killed_twice_goes_on_and_ends_with_the_same_file(trained, tmp_path):
     source = write_csv(tmp_path / "rows.csv", make_rows(600, 6))
     flags = ["--num_beams", "4", "--max_tokens_per_batch", "600"]
-    run(command(trained, source, tmp_path / "whole.csv", *flags), cwd=tmp_path)
+    run_warm(*command(trained, source, tmp_path / "whole.csv", *flags), cwd=tmp_path)
     words = [str(word) for word in command(trained, source, tmp_path / "out.csv", *flags)]
     parts = tmp_path / "out.csv.parts"
     for least in (5, 25):
-        process = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        process = subprocess.Popen([sys.executable, *words], cwd=tmp_path, **silent)
         while count_lines(parts) < least and process.poll() is None:
             time.sleep(0.01)
         os.kill(process.pid, signal.SIGKILL)
@@ -303,7 +300,7 @@ def test_a_run_killed_twice_goes_on_and_ends_with_the_same_file(trained, tmp_pat
         assert not (tmp_path / "out.csv").exists() and count_lines(parts) >= least
     newest = max(parts.glob("*.jsonl"), key=lambda path: path.name)
     newest.write_bytes(newest.read_bytes()[:-20])  # torn in the middle of its last line
-    printed = run(words, cwd=tmp_path).stdout
+    printed = run_warm(*words, cwd=tmp_path).stdout
     assert "going on: " in printed
     assert (tmp_path / "out.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
     assert not parts.exists()
@@ -316,7 +313,7 @@ def count_lines(folder: Path) -> int:
 def test_rows_of_other_arguments_are_not_mixed_in(trained, table, tmp_path):
     store = script.Store(tmp_path / "out.csv.parts", {"other": "arguments"}, 0)
     store.open()
-    done = run(command(trained, table, tmp_path / "out.csv"), cwd=tmp_path, check=False)
+    done = run_warm(*command(trained, table, tmp_path / "out.csv"), cwd=tmp_path, check=False)
     assert done.returncode == 2 and "Traceback" not in done.stdout
     assert "holds the rows of a run with other arguments" in done.stdout and "remove it" in done.stdout
 
@@ -328,7 +325,7 @@ def test_all_texts_of_a_product_become_one_summary_in_rounds(trained, tmp_path):
     rows = make_rows(120, 8)
     source = write_csv(tmp_path / "rows.csv", [*rows, ("Alone.", "alone", "P99"), ("", "empty", "P0")])
     flags = ["--group_by", "product_id", "--min_group_size", "5", "--max_source_length", "96"]
-    run(command(trained, source, tmp_path / "out.csv", *flags, "--max_new_tokens", "8"), cwd=tmp_path)
+    run_warm(*command(trained, source, tmp_path / "out.csv", *flags, "--max_new_tokens", "8"), cwd=tmp_path)
     sizes = Counter(product for _, _, product in rows)
     products = read_csv(tmp_path / "out.csv")
     assert {row["product_id"]: int(row["num_texts"]) for row in products} == dict(sizes)
@@ -361,7 +358,7 @@ def test_a_group_of_one_text_takes_one_round_with_the_output_of_the_text_alone(t
 
 
 def test_latency_is_measured_row_by_row_and_written_as_json(trained, table, tmp_path):
-    done = run(command(trained, table, tmp_path / "out.csv", "--measure_latency", "20"), cwd=tmp_path)
+    done = run_warm(*command(trained, table, tmp_path / "out.csv", "--measure_latency", "20"), cwd=tmp_path)
     results = json.loads((tmp_path / "out.latency.json").read_text())
     assert results["rows"] == 19  # of the first 20 rows one has no text
     assert 0 < results["p50_ms"] <= results["p95_ms"] <= results["p99_ms"]
@@ -421,5 +418,5 @@ def test_wrong_files_are_named_with_the_way_out(refused, trained, tmp_path):
 
 def test_summaries_too_long_to_be_summarised_again_are_refused(trained, table, tmp_path):
     flags = ["--group_by", "product_id", "--max_source_length", "40", "--max_new_tokens", "20"]
-    done = run(command(trained, table, tmp_path / "out.csv", *flags), cwd=tmp_path, check=False)
+    done = run_warm(*command(trained, table, tmp_path / "out.csv", *flags), cwd=tmp_path, check=False)
     assert done.returncode == 2 and "Traceback" not in done.stdout and "summarised again" in done.stdout

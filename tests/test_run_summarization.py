@@ -3,7 +3,6 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 import run_summarization as script
-from conftest import ROOT, run
+from conftest import ROOT, run, run_warm
 
 SCRIPT = ROOT / "run_summarization.py"
 PREFIX = "summarize: "
@@ -56,19 +55,18 @@ def four_ways(work, trained) -> dict[str, Path]:
     common += ["--validation_file", work / "validation.csv", "--source_prefix", PREFIX, "--optim", "sgd"]
     common += ["--learning_rate", "1e-3", "--num_train_epochs", "1", "--logging_steps", "1", "--save_strategy", "no"]
     common += ["--predict_with_generate", "--max_target_length", "12", "--per_device_eval_batch_size", "4"]
-    ranks = ["deepspeed", "--num_gpus", "2", "--master_port", "29571", SCRIPT]
-    ways = {
-        "16x1": ([sys.executable, SCRIPT], 16, 1, None),
-        "4x4, padded": ([sys.executable, SCRIPT, "--no_packing"], 4, 4, None),
-        "2 ranks 8x1 ZeRO-2": (ranks, 8, 1, "zero2.json"),
-        "2 ranks 4x2 ZeRO-3": (ranks, 4, 2, "zero3.json"),
+    ways = {  # rows a rank, steps, DeepSpeed config
+        "16x1": (16, 1, None),
+        "4x4, padded": (4, 4, None),
+        "2 ranks 8x1 ZeRO-2": (8, 1, "zero2.json"),
+        "2 ranks 4x2 ZeRO-3": (4, 2, "zero3.json"),
     }
     outs = {}
-    for name, (start, rows, steps, config) in ways.items():
+    for name, (rows, steps, config) in ways.items():
         out = work / name.replace(" ", "_")
         cut = ["--per_device_train_batch_size", rows, "--gradient_accumulation_steps", steps, "--output_dir", out]
-        zero = ["--deepspeed", ROOT / "ds_configs" / config] if config else []
-        run(start + common + cut + zero, cwd=work)
+        more = ["--deepspeed", ROOT / "ds_configs" / config] if config else ["--no_packing"] * ("padded" in name)
+        run_warm(SCRIPT, *common, *cut, *more, cwd=work, ranks=2 if config else 0, port=29571)
         outs[name] = out
     return outs
 
@@ -136,8 +134,8 @@ def test_every_deepspeed_config_leaves_the_optimizer_to_the_flags_and_the_rest_o
 @pytest.mark.parametrize("name", ["zero2_offload", "zero3_offload"])
 def test_offload_configs_train_a_step_in_bf16_with_adafactor(work, tmp_path, name):
     # zero2.json and zero3.json are run by the four ways above.
-    run(
-        [sys.executable, SCRIPT, "--model_name_or_path", work / "tiny-t5"]  # without a launcher: one rank
+    run_warm(  # without a launcher: one rank
+        *[SCRIPT, "--model_name_or_path", work / "tiny-t5"]
         + ["--deepspeed", ROOT / f"ds_configs/{name}.json", "--do_train", "--train_file", work / "train.csv"]
         + ["--output_dir", tmp_path / "out", "--optim", "adafactor", "--bf16", "--max_steps", "2"]
         + ["--logging_steps", "1", "--gradient_checkpointing", "--save_strategy", "no"],
@@ -149,7 +147,7 @@ def test_offload_configs_train_a_step_in_bf16_with_adafactor(work, tmp_path, nam
 
 # ------------------------------------------------------------------------------------------------ resume
 
-KILL_IN_SAVE = """
+KILL_IN_SAVE = f"""
 import os, signal, sys
 from transformers.trainer_callback import TrainerState
 save = TrainerState.save_to_json
@@ -158,7 +156,7 @@ def die(state, path):
         os.kill(os.getpid(), signal.SIGKILL)
     save(state, path)
 TrainerState.save_to_json = die
-sys.path.insert(0, sys.argv.pop(1))
+sys.path.insert(0, {str(ROOT)!r})
 import run_summarization
 run_summarization.main()
 """
@@ -173,12 +171,13 @@ def test_a_run_killed_while_saving_resumes_from_the_whole_checkpoint_and_ends_bi
     arguments += ["--optim", "adafactor", "--learning_rate", "1e-2", "--save_steps", "3", "--seed", "7"]
     arguments += ["--per_device_train_batch_size", "16"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    run([sys.executable, SCRIPT, *arguments, "--output_dir", whole], cwd=tmp_path)
+    run_warm(SCRIPT, *arguments, "--output_dir", whole, cwd=tmp_path)
 
-    command = [sys.executable, "-c", KILL_IN_SAVE, ROOT, *arguments, "--output_dir", killed]
-    assert run(command, cwd=tmp_path, check=False).returncode == -9
+    (tmp_path / "killed.py").write_text(KILL_IN_SAVE)
+    done = run_warm(tmp_path / "killed.py", *arguments, "--output_dir", killed, cwd=tmp_path, check=False)
+    assert done.returncode == -9
     assert (killed / "checkpoint-6").is_dir() and not (killed / "checkpoint-6/trainer_state.json").exists()
-    resumed = run([sys.executable, SCRIPT, *arguments, "--output_dir", killed], cwd=tmp_path)
+    resumed = run_warm(SCRIPT, *arguments, "--output_dir", killed, cwd=tmp_path)
     assert "Passing over" in resumed.stdout and "checkpoint-6" in resumed.stdout
     assert f"going on from {killed / 'checkpoint-3'}" in resumed.stdout
     assert (killed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
@@ -267,7 +266,7 @@ def adafactor_ways(work) -> dict[str, Path]:
     zero = ["--deepspeed", ROOT / "ds_configs/zero3.json", "--save_steps", "25", "--per_device_train_batch_size", "6"]
     alone = ["--save_strategy", "no", "--per_device_train_batch_size", "12"]
     outs = {"common": common, "one": work / "adafactor_one", "two": work / "adafactor_two"}
-    run([sys.executable, SCRIPT, *common, *alone, "--output_dir", outs["one"]], cwd=work)
+    run_warm(SCRIPT, *common, *alone, "--output_dir", outs["one"], cwd=work)
     ranks = ["deepspeed", "--num_gpus", "2", "--master_port", "29572", SCRIPT]
     outs["printed"] = run([*ranks, *common, *zero, "--output_dir", outs["two"]], cwd=work).stdout
     return outs
@@ -278,14 +277,14 @@ def test_adafactor_on_two_ranks_of_zero3_has_the_losses_of_one_process(adafactor
     assert len(found) == 50 and found == pytest.approx(expected, rel=1e-4)
     assert found[-1] < found[0] / 2
     assert "optimizer: ZeroAdafactor" in adafactor_ways["printed"]
+    assert "is deprecated" not in adafactor_ways["printed"]  # torch to DeepSpeed, a line a call
 
 
 def test_a_checkpoint_of_two_ranks_of_zero3_goes_on_with_one_rank_of_zero2(adafactor_ways, tmp_path):
     shutil.copytree(adafactor_ways["two"] / "checkpoint-25", tmp_path / "out/checkpoint-25")
     zero = ["--deepspeed", ROOT / "ds_configs/zero2.json", "--save_strategy", "no", "--output_dir", "out"]
-    start = [sys.executable, SCRIPT]  # without a launcher: one rank
     rows = ["--per_device_train_batch_size", "12"]
-    printed = run([*start, *adafactor_ways["common"], *zero, *rows], cwd=tmp_path).stdout
+    printed = run_warm(SCRIPT, *adafactor_ways["common"], *zero, *rows, cwd=tmp_path).stdout  # no launcher: one rank
     assert "saved on 2 processes; going on with 1" in printed
     expected, found = history(adafactor_ways["one"], "loss"), history(tmp_path / "out", "loss")
     assert len(found) == 50 and found[25:] == pytest.approx(expected[25:], rel=1e-4)
@@ -308,14 +307,14 @@ PURE = ["--pure_bf16", "--per_device_train_batch_size", "12", "--save_strategy",
 
 
 def test_pure_bf16_learns_like_fp32_and_exports_bf16_weights(adafactor_ways, tmp_path):
-    run([sys.executable, SCRIPT, *adafactor_ways["common"], *PURE, tmp_path / "out"], cwd=tmp_path)
+    run_warm(SCRIPT, *adafactor_ways["common"], *PURE, tmp_path / "out", cwd=tmp_path)
     expected, found = history(adafactor_ways["one"], "loss"), history(tmp_path / "out", "loss")
     assert sum(found[-10:]) == pytest.approx(sum(expected[-10:]), rel=0.05)
     assert AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out", dtype="auto").dtype == torch.bfloat16
 
 
 def test_stepping_in_the_backward_pass_changes_no_loss(adafactor_ways, tmp_path):
-    command = [sys.executable, SCRIPT, *adafactor_ways["common"], "--max_steps", "5", "--max_grad_norm", "0", *PURE]
-    run([*command, tmp_path / "after"], cwd=tmp_path)
-    run([*command, tmp_path / "inside", "--optim_args", "step_in_backward=true"], cwd=tmp_path)
+    command = [SCRIPT, *adafactor_ways["common"], "--max_steps", "5", "--max_grad_norm", "0", *PURE]
+    run_warm(*command, tmp_path / "after", cwd=tmp_path)
+    run_warm(*command, tmp_path / "inside", "--optim_args", "step_in_backward=true", cwd=tmp_path)
     assert history(tmp_path / "inside", "loss") == history(tmp_path / "after", "loss")

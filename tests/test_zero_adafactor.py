@@ -3,7 +3,6 @@
 
 import copy
 import json
-import sys
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from transformers import Adafactor
 
 import adafactor_worker as worker
 import zero_adafactor
-from conftest import ROOT, run
+from conftest import ROOT, run_warm
 from zero_adafactor import Fragment, ZeroAdafactor, round_stochastically
 
 SLOW = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -44,8 +43,8 @@ def deviation(expected: dict, found: dict) -> float:
 
 def launch(ranks: int, folder, cases: list[dict], port: int) -> dict[str, dict]:
     """Run the cases one after the other on that many ranks; their results by name."""
-    start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", ranks, "--master_port", port]
-    run(start + [ROOT / "tests/adafactor_worker.py", folder] + [json.dumps(case) for case in cases], cwd=folder)
+    words = [ROOT / "tests/adafactor_worker.py", folder, *map(json.dumps, cases)]
+    run_warm(*words, cwd=folder, ranks=ranks, port=port, timeout=800)
     return {case["name"]: torch.load(folder / f"{case['name']}.pt") for case in cases}
 
 
