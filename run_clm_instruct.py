@@ -69,6 +69,8 @@ from transformers.integrations.deepspeed import (
     is_deepspeed_zero3_enabled,
     unset_hf_deepspeed_config,
 )
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 try:  # the optional companion beside this script
     import zero_adafactor
@@ -1580,12 +1582,14 @@ class InstructCollator:
     Packed rows get position_ids and no attention_mask: from positions that restart, and only without a cache, the
     library makes a block-diagonal mask itself (measured on SDPA and eager, transformers 5.23; a boolean 4-D mask is
     silently wrong on eager). `flatten`: all in one row, which FlashAttention's variable-length kernel wants.
+    `by_example`: with cu_seq_lens_q for attend_by_example.
     """
 
     pad_token_id: int
     packed: bool = False
     flatten: bool = False
     multiple: int = 1
+    by_example: bool = False
 
     def __call__(self, rows: list[dict]) -> dict:
         rows = [{k: row[k] for k in ("input_ids", "labels", "position_ids") if k in row} for row in rows]
@@ -1604,9 +1608,40 @@ class InstructCollator:
         }
         if self.packed:
             batch["position_ids"] = torch.tensor([[*row["position_ids"], *range(n)] for row, n in pairs])
+            if self.by_example:
+                starts = batch["position_ids"].eq(0).flatten().nonzero().flatten()
+                batch["cu_seq_lens_q"] = torch.nn.functional.pad(starts, (0, 1), value=longest * len(rows))
         else:
             batch["attention_mask"] = torch.tensor([[1] * (longest - n) + [0] * n for n in spare])
         return batch
+
+
+def attend_by_example(module, query, key, value, attention_mask, cu_seq_lens_q=None, **kwargs):
+    """
+    In the place of the library's SDPA: of packed rows each example by itself; cu_seq_lens_q says where they begin.
+
+    A mask computes first what it then hides: on two cores a step of 2,048 tokens a row takes 1.6 times as long, one of
+    512 tokens 1.05 times. query: (rows, heads, tokens, width); key, value: alike, with their own heads; cu_seq_lens_q:
+    (examples + 1,), in the rows laid end to end. Returns (rows, tokens, heads, width) and, as the library does, None.
+    """
+    if cu_seq_lens_q is None or kwargs.get("sliding_window"):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    lengths = cu_seq_lens_q.diff().tolist()
+    flat = (states.transpose(1, 2).flatten(0, 1).split(lengths) for states in (query, key, value))
+    parts = [
+        sdpa_attention_forward(module, *(part.transpose(0, 1)[None] for part in example), None, **kwargs)[0][0]
+        for example in zip(*flat, strict=True)
+    ]
+    return torch.cat(parts).unflatten(0, (len(query), -1)), None
+
+
+def attends_by_example(trainer) -> bool:
+    """Switch attend_by_example on where it is sound and faster: for SDPA on the CPU. True if it is on."""
+    config, device = trainer.model.config, trainer.args.device
+    if config.model_type not in FUSABLE or config._attn_implementation != "sdpa" or device.type != "cpu":
+        return False
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = attend_by_example
+    return True
 
 
 def use_packing(trainer, data_args) -> None:
@@ -1616,7 +1651,9 @@ def use_packing(trainer, data_args) -> None:
     flash = "flash" in (trainer.model.config._attn_implementation or "")
     trainer.train_dataset = FilledRows(packed, filler)
     collator = trainer.data_collator
-    trainer.train_collator = InstructCollator(collator.pad_token_id, True, flash, 1 if flash else collator.multiple)
+    multiple = 1 if flash else collator.multiple
+    apart = attends_by_example(trainer)
+    trainer.train_collator = InstructCollator(collator.pad_token_id, True, flash, multiple, apart)
     trainer.add_callback(PackingCheck(trainer))
     if trainer.is_world_process_zero():
         full = sum(len(row["input_ids"]) for row in packed.rows.select_columns("input_ids"))
@@ -1804,7 +1841,8 @@ class InstructTrainer(TokenMeanTrainer):
         return output
 
 
-# Causal models whose last step is the output layer alone (others scale or cap the logits, or add losses of their own).
+# Causal models whose attention is plain and whose last step is the output layer alone (others cap or scale, or add
+# losses of their own).
 FUSABLE = ("gemma", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "smollm3")
 
 

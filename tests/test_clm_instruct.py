@@ -224,7 +224,7 @@ def test_packing_is_refused_where_the_attention_lets_examples_see_each_other(pla
     assert script.measure_packing(trainer) < 1e-5
     sound = trainer.train_collator
     # transformers 5.23 makes no block-diagonal mask while it keeps a cache, and does not say so
-    trainer.train_collator = lambda rows: sound(rows) | {"use_cache": True}
+    trainer.train_collator = lambda rows: sound(rows) | {"use_cache": True, "cu_seq_lens_q": None}
     with pytest.raises(script.UsageError, match="lets packed examples see each other"):
         script.PackingCheck(trainer).on_train_begin(trainer.args, None, None)
 

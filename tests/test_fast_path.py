@@ -226,3 +226,41 @@ def test_every_causal_model_that_is_fused_has_the_loss_of_its_logits(model_type)
     assert run_clm_instruct.fuse_loss_into_head(head, 0.0, run_clm_instruct.shift_labels)
     head.labels = labels
     assert model(input_ids=ids).logits.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("model_type", run_clm_instruct.FUSABLE)
+def test_attention_by_example_has_the_logits_and_gradients_of_the_mask(model_type, monkeypatch):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes |= {"intermediate_size": 48, "vocab_size": 50, "head_dim": 8, "pad_token_id": 0}
+    config = AutoConfig.for_model(model_type, **sizes)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").double().eval()
+    monkeypatch.setitem(run_clm_instruct.ALL_ATTENTION_FUNCTIONS, "sdpa", run_clm_instruct.attend_by_example)
+    dice = random.Random(1)
+    rows = []
+    for lengths in ([7, 1, 12], [20], [3, 9]):  # the last two with padding
+        ids = [dice.randint(1, 49) for _ in range(sum(lengths))]
+        positions = [position for length in lengths for position in range(length)]
+        rows.append({"input_ids": ids, "labels": ids, "position_ids": positions})
+    batch = run_clm_instruct.InstructCollator(0, packed=True, by_example=True)(rows)
+    assert batch["cu_seq_lens_q"].tolist() == [0, 7, 8, 20, 40, 43, 52, 60]
+    found = run_and_differentiate(model, batch)
+    seen = []
+    masked = batch | {"cu_seq_lens_q": None}
+    monkeypatch.setitem(
+        run_clm_instruct.ALL_ATTENTION_FUNCTIONS,
+        "sdpa",
+        lambda *args, **kwargs: seen.append(args[4]) or run_clm_instruct.attend_by_example(*args, **kwargs),
+    )
+    expected = run_and_differentiate(model, masked)
+    assert len(seen) == 2 and seen[0] is not None
+    for a, b in zip(expected, found, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-6, atol=1e-9)
+
+
+def run_and_differentiate(model, batch: dict) -> list[torch.Tensor]:
+    """The logits where something is asked, and the gradients of their summed squares."""
+    model.zero_grad()
+    logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits[batch["labels"] != -100]
+    logits.square().sum().backward()
+    return [logits.detach(), *(p.grad.clone() for p in model.parameters())]
