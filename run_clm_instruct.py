@@ -1883,7 +1883,9 @@ class HeadLoss(torch.autograd.Function):
             slope.scatter_add_(1, target, torch.full_like(target, label_smoothing - 1, dtype=torch.float32))
             slope = slope.to(dtype)
             grad.copy_(slope @ matrix)
-            if weight_grad is not None:
+            if weight_grad is not None and weight_grad.dtype == dtype:
+                weight_grad.addmm_(slope.T, piece)  # in place: no second matrix of this size
+            elif weight_grad is not None:
                 weight_grad += slope.T @ piece
         ctx.save_for_backward(hidden_grad, weight_grad)
         ctx.weight_dtype = weight.dtype
@@ -1893,7 +1895,7 @@ class HeadLoss(torch.autograd.Function):
     def backward(ctx, scale):
         hidden_grad, weight_grad = ctx.saved_tensors
         if weight_grad is not None:
-            weight_grad = (weight_grad * scale).to(ctx.weight_dtype)
+            weight_grad = weight_grad.mul_(scale).to(ctx.weight_dtype)
         return (hidden_grad * scale).to(hidden_grad.dtype), weight_grad, None, None
 
 

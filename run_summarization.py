@@ -804,7 +804,7 @@ def prepare_split(raw, split: str, max_samples: int | None, tokenizer, writer, d
     rows = rows.select_columns([text_column, summary_column])
     if max_samples is not None:
         rows = rows.select(range(min(max_samples, len(rows))))
-    bad = find_unusable_rows(rows[text_column], rows[summary_column])
+    bad = find_unusable_rows(rows[text_column][:], rows[summary_column][:])
     kept = rows.select(sorted(set(range(len(rows))) - set(bad))) if bad else rows
     if len(kept) == 0:
         raise UsageError(f"{split}: none of the {len(rows)} rows has a text and a summary")
@@ -837,7 +837,7 @@ def report_split(split: str, rows, tokenized, bad: list[int]) -> None:
     named = f": rows {', '.join(map(str, bad[:5]))}{' ...' if len(bad) > 5 else ''}" if bad else ""
     print(
         f"{split}: {len(rows)} rows read, {len(tokenized)} used ({' -> '.join(rows.column_names)}), "
-        f"{sum(tokenized['source_cut'])} sources and {sum(tokenized['target_cut'])} targets cut, "
+        f"{sum(tokenized['source_cut'][:])} sources and {sum(tokenized['target_cut'][:])} targets cut, "
         f"{len(bad)} without a text or a summary left out{named}",
         flush=True,
     )
@@ -1282,7 +1282,9 @@ class HeadLoss(torch.autograd.Function):
             slope.scatter_add_(1, target, torch.full_like(target, label_smoothing - 1, dtype=torch.float32))
             slope = slope.to(dtype)
             grad.copy_(slope @ matrix)
-            if weight_grad is not None:
+            if weight_grad is not None and weight_grad.dtype == dtype:
+                weight_grad.addmm_(slope.T, piece)  # in place: no second matrix of this size
+            elif weight_grad is not None:
                 weight_grad += slope.T @ piece
         ctx.save_for_backward(hidden_grad, weight_grad)
         ctx.weight_dtype = weight.dtype
@@ -1292,7 +1294,7 @@ class HeadLoss(torch.autograd.Function):
     def backward(ctx, scale):
         hidden_grad, weight_grad = ctx.saved_tensors
         if weight_grad is not None:
-            weight_grad = (weight_grad * scale).to(ctx.weight_dtype)
+            weight_grad = weight_grad.mul_(scale).to(ctx.weight_dtype)
         return (hidden_grad * scale).to(hidden_grad.dtype), weight_grad, None, None
 
 
