@@ -48,6 +48,7 @@ import datasets
 import evaluate
 import jinja2
 import numpy as np
+import pyarrow.compute as pc
 import torch
 import transformers
 from datasets import load_dataset
@@ -1262,8 +1263,8 @@ def encode_splits(raw, tokenizer, data_args, training_args) -> dict:
         if find_format(raw["train"].column_names, data_args)[0] == "text":
             chosen = np.arange(len(encoded)) >= len(encoded) * (1 - share)
         else:
-            chosen = np.array(encoded["prompt_hash"], dtype=np.uint64) % 10_000 < share * 10_000
-            chosen &= np.array(encoded["problem"]) == ""
+            chosen = np.array(encoded["prompt_hash"][:], dtype=np.uint64) % 10_000 < share * 10_000
+            chosen &= np.array(encoded["problem"][:]) == ""
         for split, mask in (("train", ~chosen), ("validation", chosen)):
             limit = wanted[split][1]
             splits[split] = encoded.select(np.flatnonzero(mask)[:limit])
@@ -1276,11 +1277,10 @@ def encode_splits(raw, tokenizer, data_args, training_args) -> dict:
 def count_split(encoded, expected_bos: bool) -> dict:
     """What the audit says of one split; tokens and rows as numbers, `reasons` as a Counter."""
     usable = encoded.select(find_usable(encoded))
-    reasons = Counter(problem for problem in encoded["problem"] if problem)
-    cuts = Counter(usable["cut"])
-    labels = usable.with_format("numpy")
-    supervised = sum(int((row["labels"] != -100).sum()) for row in labels.select_columns("labels"))
-    bos = usable["leading_bos"]
+    reasons = Counter(problem for problem in encoded["problem"][:] if problem)
+    cuts = Counter(usable["cut"][:])
+    tokens, supervised = count_tokens(usable)
+    bos = usable["leading_bos"][:]
     return {
         "rows": len(encoded),
         "used": len(usable),
@@ -1288,22 +1288,32 @@ def count_split(encoded, expected_bos: bool) -> dict:
         "cut_context": cuts["context"],
         "cut_prompt": cuts["prompt"],
         "cut_answer": cuts["answer"],
-        "tokens": sum(len(row["input_ids"]) for row in usable.select_columns("input_ids")),
+        "tokens": tokens,
         "supervised_tokens": supervised,
-        "answers_cut_off_whole": sum(usable["answers_lost"]),
-        "answers": sum(usable["answers"]),
-        "answers_with_stop": sum(usable["stops"]),
+        "answers_cut_off_whole": sum(usable["answers_lost"][:]),
+        "answers": sum(usable["answers"][:]),
+        "answers_with_stop": sum(usable["stops"][:]),
         "rows_without_bos": sum(count == 0 for count in bos) if expected_bos else 0,
         "rows_with_two_bos": sum(count > 1 for count in bos),
-        "rows_with_special_tokens_in_text": sum(usable["special"]),
-        "duplicates": len(usable) - len(set(usable["row_hash"])),
+        "rows_with_special_tokens_in_text": sum(usable["special"][:]),
+        "duplicates": len(usable) - len(set(usable["row_hash"][:])),
         "reasons": reasons,
     }
 
 
+def count_tokens(rows) -> tuple[int, int]:
+    """Tokens of the rows, and those that are asked for."""
+    tokens = supervised = 0
+    for batch in rows.select_columns("labels").with_format("arrow").iter(batch_size=1000):
+        labels = pc.list_flatten(batch["labels"])
+        tokens += len(labels)
+        supervised += pc.sum(pc.not_equal(labels, -100)).as_py() or 0
+    return tokens, supervised
+
+
 def find_usable(encoded) -> list[int]:
     """Indices of the rows without a problem."""
-    return [i for i, problem in enumerate(encoded["problem"]) if not problem]
+    return [i for i, problem in enumerate(encoded["problem"][:]) if not problem]
 
 
 def find_audit_problems(counts: dict[str, dict]) -> list[str]:
@@ -1343,9 +1353,9 @@ def audit(splits: dict, tokenizer, data_args, training_args) -> dict[str, dict]:
     # Blocks of plain text begin anywhere.
     expected_bos = starts_with_bos(tokenizer) and any(any(encoded["answers"]) for encoded in splits.values())
     counts = {split: count_split(encoded, expected_bos) for split, encoded in splits.items()}
-    trained = set(splits["train"]["prompt_hash"]) if "train" in splits else set()
+    trained = set(splits["train"]["prompt_hash"][:]) if "train" in splits else set()
     for split in set(splits) - {"train"}:
-        counts[split]["overlap"] = sum(h in trained for h in splits[split]["prompt_hash"] if h)
+        counts[split]["overlap"] = sum(h in trained for h in splits[split]["prompt_hash"][:] if h)
     if training_args.process_index == 0:
         print(format_audit(counts), flush=True)
         first = next(iter(splits.values()))
@@ -1560,7 +1570,9 @@ class PackedRows(torch.utils.data.Dataset):
 
     def __init__(self, rows, capacity: int):
         self.rows = rows
-        self.bins = pack_lengths([len(row["input_ids"]) for row in rows.select_columns("input_ids")], capacity)
+        batches = rows.select_columns("input_ids").with_format("arrow").iter(batch_size=1000)
+        lengths = [n for batch in batches for n in pc.list_value_length(batch["input_ids"]).to_pylist()]
+        self.bins, self.tokens = pack_lengths(lengths, capacity), sum(lengths)
 
     def __len__(self) -> int:
         return len(self.bins)
@@ -1656,10 +1668,9 @@ def use_packing(trainer, data_args) -> None:
     trainer.train_collator = InstructCollator(collator.pad_token_id, True, flash, multiple, apart)
     trainer.add_callback(PackingCheck(trainer))
     if trainer.is_world_process_zero():
-        full = sum(len(row["input_ids"]) for row in packed.rows.select_columns("input_ids"))
         print(
             f"packing: {len(packed.rows)} examples in {len(packed)} rows of {data_args.max_seq_length}, "
-            f"{full / len(packed) / data_args.max_seq_length:.1%} full",
+            f"{packed.tokens / len(packed) / data_args.max_seq_length:.1%} full",
             flush=True,
         )
 
