@@ -22,7 +22,7 @@ COMMON = --do_train --do_eval --train_file $(TRAIN_FILE) --validation_file $(VAL
 	--source_prefix $(PREFIX) --optim adafactor --bf16 --predict_with_generate \
 	--max_source_length 256 --max_target_length 64
 
-.PHONY: demo demo-instruct test test-slow test-launchers test-gpu bench-adafactor bench-gpu quality style prep-reviews prep-instruct fix-copies generate summarize-products serve bench-generation bench-training bench-instruct train-t5-small train-t5-large train-t5-11b train-llama2-7b train-llama3-8b clean
+.PHONY: demo demo-instruct test test-slow test-launchers test-gpu bench-adafactor bench-gpu quality style prep-reviews prep-instruct fix-copies generate summarize-products serve bench-generation bench-training bench-instruct bench-start-up train-t5-small train-t5-large train-t5-11b train-llama2-7b train-llama3-8b clean
 
 $(VENV)/.core: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -131,6 +131,10 @@ bench-training: $(VENV)/.core
 bench-instruct: $(VENV)/.core
 	$(BIN)/python benchmarks/instruct_speed.py --train_file $(INSTRUCT_DATA)/train.jsonl \
 		--validation_file $(INSTRUCT_DATA)/validation.jsonl $(EXTRA)
+
+# Seconds to the first step of a training and what they go to; EXTRA is the script and its arguments.
+bench-start-up: $(VENV)/.core
+	$(BIN)/python benchmarks/start_up.py $(EXTRA)
 
 prep-instruct: $(VENV)/.core
 	$(BIN)/python data_prep/prepare_instruct.py --input_file $(INSTRUCTIONS) --output_dir $(INSTRUCT_DATA) $(EXTRA)

@@ -1031,22 +1031,48 @@ def fill_in(layout: list[Segment], messages: list[dict], tokenizer) -> list[Segm
 # ------------------------------------------------------------------------------------------------ tokens
 
 
-def tokenize_chunks(chunks: list[list[Segment]], tokenizer) -> tuple[list[int], np.ndarray]:
+class Tokens(dict):
+    """
+    Text to its token ids and their (start, end) in the text; the texts given are tokenised at once, on all cores.
+
+    On two cores a thousand texts at once take half the time of one after the other.
+    """
+
+    def __init__(self, tokenizer, texts: list[str]):
+        self.settings = {"add_special_tokens": False, "return_offsets_mapping": True, "verbose": False}
+        self.tokenizer, texts = tokenizer, list(dict.fromkeys(texts))
+        batch = tokenizer(texts, **self.settings) if texts else {"input_ids": [], "offset_mapping": []}
+        self.update(zip(texts, zip(batch["input_ids"], batch["offset_mapping"], strict=True), strict=True))
+
+    def __missing__(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        encoding = self.tokenizer(text, **self.settings)
+        return encoding["input_ids"], encoding["offset_mapping"]
+
+
+def find_answers(segments: list[Segment]) -> list[int]:
+    """Where something supervised follows something that is not."""
+    return [i for i, s in enumerate(segments) if i and s.supervised and not segments[i - 1].supervised]
+
+
+def list_texts(segments: list[Segment]) -> list[str]:
+    """What tokenize_segments asks for: the chat, and each prompt before an answer."""
+    return ["".join(s.text for s in segments[:end]) for end in (len(segments), *find_answers(segments))]
+
+
+def tokenize_chunks(chunks: list[list[Segment]], tokens: Tokens) -> tuple[list[int], np.ndarray]:
     """Token ids of segments, a chunk at a time, and (tokens, 2): the first and last segment that each token is of."""
     ids, owners, before = [], [], 0
     for chunk in chunks:
         ends = np.cumsum([len(s.text) for s in chunk])
-        text = "".join(s.text for s in chunk)
-        encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        ids += encoding["input_ids"]
-        spans = np.array(encoding["offset_mapping"]).reshape(-1, 2)
+        chunk_ids, spans = tokens["".join(s.text for s in chunk)]
+        ids, spans = ids + chunk_ids, np.array(spans).reshape(-1, 2)
         letters = np.stack([spans[:, 0], np.maximum(spans[:, 1] - 1, spans[:, 0])], axis=1)  # first and last
         owners.append(before + np.searchsorted(ends, letters, side="right").clip(max=len(chunk) - 1))
         before += len(chunk)
     return ids, np.concatenate(owners)
 
 
-def tokenize_segments(segments: list[Segment], tokenizer) -> tuple[list[int], list[list[int]]]:
+def tokenize_segments(segments: list[Segment], tokens: Tokens) -> tuple[list[int], list[list[int]]]:
     """
     Token ids of a chat and, for each, the first and the last segment it is of.
 
@@ -1054,18 +1080,16 @@ def tokenize_segments(segments: list[Segment], tokenizer) -> tuple[list[int], li
     generated, and in pieces, prompt by answer, where it would not (GPT-2's "\\n\\n" before an answer, a token that
     holds the end of the prompt and the start of the answer).
     """
-    ids, owners = tokenize_chunks([segments], tokenizer)
+    ids, owners = tokenize_chunks([segments], tokens)
     supervised = np.array([s.supervised for s in segments])
     stop = np.array([s.kind == "stop" for s in segments])
     # A stop token may swallow the white space after it (Phi-3's <|end|>).
     alike = (stop[owners[:, 0]] | (supervised[owners[:, 0]] == supervised[owners[:, 1]])).all()
-    for i in np.flatnonzero(supervised[1:] & ~supervised[:-1]) + 1:
-        prompt = "".join(s.text for s in segments[:i])
-        tokens = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
-        alike = alike and tokens == ids[: np.searchsorted(owners[:, 0], i)]
+    for i, prompt in zip(find_answers(segments), list_texts(segments)[1:], strict=True):
+        alike = alike and tokens[prompt][0] == ids[: np.searchsorted(owners[:, 0], i)]
     if not alike:
         chunks = [list(chunk) for _, chunk in itertools.groupby(segments, key=lambda s: s.supervised)]
-        ids, owners = tokenize_chunks(chunks, tokenizer)
+        ids, owners = tokenize_chunks(chunks, tokens)
     return ids, owners.tolist()
 
 
@@ -1085,12 +1109,8 @@ def choose_tokens(kinds: list[str], owners: list[int], limit: int) -> tuple[list
     return kept[:limit], "answer" if len(kept) > limit else cut
 
 
-def encode_chat(messages: list[dict], tokenizer, layouts: dict, limit: int, train_on_prompt: bool) -> dict:
-    """
-    One chat as `input_ids` and `labels` (-100 where nothing is asked), and what the audit and the evaluation need.
-
-    layouts: cache of lay_out by structure. Raises RowError, also where no supervised token is left.
-    """
+def cut_into_segments(messages: list[dict], tokenizer, layouts: dict) -> list[Segment]:
+    """One chat as segments; layouts: cache of lay_out by structure. Raises RowError."""
     structure = tuple((m["role"], "context" in m) for m in messages)
     if structure not in layouts:
         try:
@@ -1099,8 +1119,17 @@ def encode_chat(messages: list[dict], tokenizer, layouts: dict, limit: int, trai
             layouts[structure] = error
     if isinstance(layouts[structure], RowError):
         raise layouts[structure]
-    segments = fill_in(layouts[structure], messages, tokenizer)
-    ids, owners = tokenize_segments(segments, tokenizer)
+    return fill_in(layouts[structure], messages, tokenizer)
+
+
+def encode_chat(segments: list[Segment], tokens: Tokens, limit: int, train_on_prompt: bool) -> dict:
+    """
+    One chat as `input_ids` and `labels` (-100 where nothing is asked), and what the audit and the evaluation need.
+
+    Raises RowError where no supervised token is left.
+    """
+    tokenizer = tokens.tokenizer
+    ids, owners = tokenize_segments(segments, tokens)
     # A token that is also of the template's text is never cut.
     kinds = [segments[a].kind if segments[a].kind == segments[b].kind else "template" for a, b in owners]
     owners = [first for first, _ in owners]
@@ -1159,11 +1188,19 @@ EMPTY_ROW |= {
 
 def encode_chats(rows: dict, tokenizer, data_format: str, columns: tuple, limit: int, train_on_prompt: bool) -> dict:
     """A batch of rows through encode_chat; rows that cannot be used are empty and say why in `problem`."""
-    layouts, encoded = {}, []
+    layouts, chats, encoded = {}, [], []
     for values in zip(*(rows[name] for name in columns), strict=True):
         try:
             messages = to_messages(dict(zip(columns, values, strict=True)), data_format, columns)
-            encoded.append(encode_chat(messages, tokenizer, layouts, limit, train_on_prompt))
+            chats.append(cut_into_segments(messages, tokenizer, layouts))
+        except RowError as error:
+            chats.append(error)
+    tokens = Tokens(tokenizer, [t for chat in chats if not isinstance(chat, RowError) for t in list_texts(chat)])
+    for chat in chats:
+        try:
+            if isinstance(chat, RowError):
+                raise chat
+            encoded.append(encode_chat(chat, tokens, limit, train_on_prompt))
         except RowError as error:
             encoded.append({**EMPTY_ROW, "problem": str(error)})
     return {name: [row[name] for row in encoded] for name in EMPTY_ROW}

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from conftest import ROOT, run
+from conftest import ROOT, run, run_warm
 
 
 @pytest.mark.slow
@@ -58,3 +58,14 @@ def test_the_instruct_table_has_full_rows(tmp_path):
     done = run([*command, "--steps", "3", "--max_seq_length", "128"], cwd=tmp_path)
     results = json.loads(done.stdout.splitlines()[-1])
     assert results["ours"]["real"] > 0.9 > results["trainer"]["real"]
+
+
+def test_the_start_up_table_names_what_main_calls_and_ends_after_the_first_step(work, tmp_path):
+    words = ["--model_name_or_path", work / "tiny-t5", "--do_train", "--train_file", work / "train.csv"]
+    words = [ROOT / "run_summarization.py", *words, "--output_dir", tmp_path / "out"]
+    printed = run_warm(ROOT / "benchmarks/start_up.py", *words, cwd=tmp_path).stdout
+    rows = [line.rsplit(maxsplit=3) for line in printed.splitlines() if line.endswith("%") and " s " in line]
+    seconds = {name.strip(): float(value) for name, value, _, _ in rows}
+    assert {"import torch", "load_model", "prepare_split", "first step", "all"} < set(seconds)
+    assert seconds["all"] == pytest.approx(sum(seconds.values()) / 2, abs=0.2)
+    assert not (tmp_path / "out/model.safetensors").exists()

@@ -370,7 +370,8 @@ def encode(tokenizer, row, data_format: str, columns: tuple, limit: int = 100_00
     """One row through to_messages and encode_chat; a list is taken for a chat's turns."""
     row = {columns[0]: row} if isinstance(row, list) else row
     messages = clm.to_messages(row, data_format, columns)
-    return clm.encode_chat(messages, tokenizer, {}, limit, train_on_prompt)
+    segments = clm.cut_into_segments(messages, tokenizer, {})
+    return clm.encode_chat(segments, clm.Tokens(tokenizer, []), limit, train_on_prompt)
 
 
 def encode_rows(tokenizer, rows, data_format: str, columns: tuple, limit: int = 100_000) -> Dataset:
