@@ -37,16 +37,20 @@ def import_libraries(wanted: tuple[str, ...]) -> list[tuple[str, float]]:
 
 
 def time_calls(module, times: dict[str, float]) -> None:
-    """Add to `times` the seconds of every function and class of the module's own that its main() names."""
+    """Add to `times` the seconds of each function of the module that its main() names; inner calls count once."""
+    running = []
 
     def timed(function, name):
         @functools.wraps(function)
         def call(*args, **kwargs):
             started = time.perf_counter()
+            running.append(name)
             try:
                 return function(*args, **kwargs)
             finally:
-                times[name] = times.get(name, 0.0) + time.perf_counter() - started
+                running.pop()
+                if not running:
+                    times[name] = times.get(name, 0.0) + time.perf_counter() - started
 
         return call
 
