@@ -1140,7 +1140,7 @@ def encode_chat(segments: list[Segment], tokens: Tokens, limit: int, train_on_pr
     if all(label == -100 for label in labels):
         raise RowError("no room for an answer in --max_seq_length")
     stops = {bisect.bisect_right(owners, n) - 1 for n, s in enumerate(segments) if s.kind == "stop"}
-    starts = [i for i, s in enumerate(segments) if s.supervised and not (i and segments[i - 1].supervised)]
+    starts = [0] * segments[0].supervised + find_answers(segments)
     answers = max(bisect.bisect_right(starts, owners[kept[-1]]), 1)  # of which something is left
     last = starts[answers - 1]
     parts = [s.text for s in segments if s.kind in ("prompt", "context", "answer")]
@@ -1338,11 +1338,15 @@ def count_split(encoded, expected_bos: bool) -> dict:
     }
 
 
+def read_column(rows, column: str):
+    """The column as pyarrow arrays of a thousand rows: ten times as fast as row by row, and never all in memory."""
+    return (batch[column] for batch in rows.select_columns(column).with_format("arrow").iter(batch_size=1000))
+
+
 def count_tokens(rows) -> tuple[int, int]:
     """Tokens of the rows, and those that are asked for."""
     tokens = supervised = 0
-    for batch in rows.select_columns("labels").with_format("arrow").iter(batch_size=1000):
-        labels = pc.list_flatten(batch["labels"])
+    for labels in map(pc.list_flatten, read_column(rows, "labels")):
         tokens += len(labels)
         supervised += pc.sum(pc.not_equal(labels, -100)).as_py() or 0
     return tokens, supervised
@@ -1607,8 +1611,7 @@ class PackedRows(torch.utils.data.Dataset):
 
     def __init__(self, rows, capacity: int):
         self.rows = rows
-        batches = rows.select_columns("input_ids").with_format("arrow").iter(batch_size=1000)
-        lengths = [n for batch in batches for n in pc.list_value_length(batch["input_ids"]).to_pylist()]
+        lengths = [n for ids in read_column(rows, "input_ids") for n in pc.list_value_length(ids).to_pylist()]
         self.bins, self.tokens = pack_lengths(lengths, capacity), sum(lengths)
 
     def __len__(self) -> int:

@@ -44,7 +44,7 @@ def deviation(expected: dict, found: dict) -> float:
 def launch(ranks: int, folder, cases: list[dict], port: int) -> dict[str, dict]:
     """Run the cases one after the other on that many ranks; their results by name."""
     words = [ROOT / "tests/adafactor_worker.py", folder, *map(json.dumps, cases)]
-    run_warm(*words, cwd=folder, ranks=ranks, port=port, timeout=800)
+    run_warm(*words, cwd=folder, ranks=ranks, port=port)
     return {case["name"]: torch.load(folder / f"{case['name']}.pt") for case in cases}
 
 
