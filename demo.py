@@ -45,7 +45,7 @@ def main() -> None:
     run(python, "data_prep/make_sample_reviews.py", "--num_reviews", "4000", "--output_file", str(reviews))
     run(python, "data_prep/prepare_reviews.py", "--input_file", str(reviews), "--output_dir", str(data),
         "--drop_star_headlines", "--validation_fraction", "0.05")  # fmt: skip
-    run(python, "data_prep/init_model.py", "--preset", "tiny", "--train_file", str(data / "train.csv"),
+    run(python, "tools/init_model.py", "--preset", "tiny", "--train_file", str(data / "train.csv"),
         "--text_columns", "review_body", "review_headline", "--output_dir", str(model))  # fmt: skip
     on_gpu = torch.cuda.is_available()
     ranks = [] if on_gpu else ["--num_gpus", "2"]  # the launcher's word for processes

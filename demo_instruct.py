@@ -54,7 +54,7 @@ def main() -> None:
     questions = FOLDER / "questions.jsonl"
     questions.write_text("".join(json.dumps(row) + "\n" for row in make_questions(1)), encoding="utf-8")
     run(python, "data_prep/prepare_instruct.py", "--input_file", str(questions), "--output_dir", str(data))
-    run(python, "data_prep/init_model.py", "--architecture", "llama", "--preset", "tiny",
+    run(python, "tools/init_model.py", "--architecture", "llama", "--preset", "tiny",
         "--train_file", str(data / "train.jsonl"), "--vocab_size", "400", "--output_dir", str(model))  # fmt: skip
     run(python, "run_clm_instruct.py", "--model_name_or_path", str(model), "--do_train", "--do_eval",
         "--train_file", str(data / "train.jsonl"), "--validation_file", str(data / "validation.jsonl"),

@@ -51,7 +51,7 @@ def make_inputs(args: argparse.Namespace, folder: Path) -> None:
         subprocess.run([*tool, "--output_dir", folder / "data"], check=True, stdout=subprocess.DEVNULL)
         args.input_file = folder / "data/train.csv"
     if args.model_name_or_path is None:
-        tool = [sys.executable, ROOT / "data_prep/init_model.py", "--preset", args.preset]
+        tool = [sys.executable, ROOT / "tools/init_model.py", "--preset", args.preset]
         tool += ["--train_file", args.input_file, "--output_dir", folder / "model"]
         subprocess.run(tool, check=True, stdout=subprocess.DEVNULL)
         args.model_name_or_path = folder / "model"

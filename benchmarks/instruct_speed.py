@@ -166,7 +166,7 @@ def main() -> None:
         if args.model_name_or_path is None:
             tool = [
                 sys.executable,
-                ROOT / "data_prep/init_model.py",
+                ROOT / "tools/init_model.py",
                 "--architecture",
                 "llama",
                 "--preset",

@@ -244,7 +244,7 @@ def make_inputs(args: argparse.Namespace, folder: Path) -> None:
         subprocess.run([*tool, "--output_dir", folder / "data"], check=True, stdout=subprocess.DEVNULL)
         args.train_file, args.validation_file = folder / "data/train.csv", folder / "data/validation.csv"
     if args.model_name_or_path is None:
-        tool = [sys.executable, ROOT / "data_prep/init_model.py", "--preset", args.preset]
+        tool = [sys.executable, ROOT / "tools/init_model.py", "--preset", args.preset]
         tool += ["--train_file", args.train_file, "--output_dir", folder / "model"]
         tool += ["--text_columns", "review_body", "review_headline"]
         subprocess.run(tool, check=True, stdout=subprocess.DEVNULL)

@@ -18,7 +18,7 @@ import pytest
 from launch_places import cluster, master  # noqa: F401  fixtures
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "data_prep")]
+sys.path[:0] = [str(ROOT), str(ROOT / "data_prep"), str(ROOT / "tools")]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # `accelerate launch` says so too: no bf16 by default, for equality in fp32, whatever the machine has.
 os.environ.setdefault("ACCELERATE_MIXED_PRECISION", "no")
@@ -111,7 +111,7 @@ def work(tmp_path_factory) -> Path:
     write_csv(folder / "many.csv", make_rows(800, 3))
     words = ["--preset", "tiny", "--train_file", "many.csv", "--text_columns", "review_body", "review_headline"]
     words += ["--vocab_size", "300", "--output_dir", "tiny-t5"]
-    run_warm(ROOT / "data_prep/init_model.py", *words, cwd=folder)
+    run_warm(ROOT / "tools/init_model.py", *words, cwd=folder)
     config = folder / "tiny-t5/config.json"
     config.write_text(config.read_text().replace('"dropout_rate": 0.1', '"dropout_rate": 0.0'))
     assert '"dropout_rate": 0.0' in config.read_text()

@@ -45,7 +45,7 @@ def place(tmp_path_factory) -> Path:
     write_jsonl(folder / "train.jsonl", make_instructions(64, 1))
     write_jsonl(folder / "validation.jsonl", [r | {"context": "Held out."} for r in make_instructions(13, 2)])
     words = ["--architecture", "llama", "--preset", "tiny", "--train_file", "train.jsonl", "--vocab_size", "600"]
-    run_warm(ROOT / "data_prep/init_model.py", *words, "--output_dir", "tiny-llama", cwd=folder)
+    run_warm(ROOT / "tools/init_model.py", *words, "--output_dir", "tiny-llama", cwd=folder)
     return folder
 
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The plaintune authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
-"""data_prep/init_model.py: what it makes loads everywhere, is the same each time, and bad input is refused early."""
+"""tools/init_model.py: what it makes loads everywhere, is the same each time, and bad input is refused early."""
 
 import gzip
 import importlib.util
@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig
 
-SCRIPT = Path(__file__).parents[1] / "data_prep" / "init_model.py"
+SCRIPT = Path(__file__).parents[1] / "tools" / "init_model.py"
 spec = importlib.util.spec_from_file_location("init_model", SCRIPT)
 init_model = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(init_model)

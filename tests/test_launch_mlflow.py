@@ -134,7 +134,7 @@ def answering(tmp_path_factory) -> Path:
     write_jsonl(folder / "train.jsonl", make_instructions(200, 1))
     write_jsonl(folder / "validation.jsonl", [row | {"context": "Held out."} for row in make_instructions(5, 2)])
     run(
-        [sys.executable, ROOT / "data_prep/init_model.py", "--architecture", "llama", "--preset", "tiny"]
+        [sys.executable, ROOT / "tools/init_model.py", "--architecture", "llama", "--preset", "tiny"]
         + ["--train_file", "train.jsonl", "--vocab_size", "600", "--output_dir", "tiny-llama"],
         cwd=folder,
     )

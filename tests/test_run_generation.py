@@ -40,7 +40,7 @@ def llama(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("llama")
     write_jsonl(folder / "train.jsonl", make_instructions(200, 1))
     words = ["--architecture", "llama", "--preset", "tiny", "--train_file", "train.jsonl", "--vocab_size", "600"]
-    run_warm(ROOT / "data_prep/init_model.py", *words, "--output_dir", "tiny-llama", cwd=folder)
+    run_warm(ROOT / "tools/init_model.py", *words, "--output_dir", "tiny-llama", cwd=folder)
     run_warm(
         *[ROOT / "run_clm_instruct.py", "--model_name_or_path", "tiny-llama", "--do_train"]
         + ["--train_file", "train.jsonl", "--prompt_template", "plain", "--max_steps", "80", "--learning_rate", "5e-3"]

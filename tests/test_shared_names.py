@@ -9,7 +9,7 @@ from conftest import ROOT
 from fix_copies import copy_into, read_blocks
 
 SCRIPTS = sorted(ROOT.glob("run_*.py"))
-TOOLS = sorted((ROOT / "data_prep").glob("*.py"))
+TOOLS = sorted([*(ROOT / "data_prep").glob("*.py"), *(ROOT / "tools").glob("*.py")])
 OWN = {"parse_args", "check_args"}  # every tool's own, as main() is
 
 

@@ -75,7 +75,7 @@ def test_the_instruct_demo_answers_more_than_half_of_the_held_out_questions():
 def test_the_adamw_offload_config_trains_a_llama_on_two_ranks(tmp_path):
     write_jsonl(tmp_path / "train.jsonl", make_instructions(64, 1))
     run(
-        [sys.executable, ROOT / "data_prep/init_model.py", "--architecture", "llama", "--preset", "tiny"]
+        [sys.executable, ROOT / "tools/init_model.py", "--architecture", "llama", "--preset", "tiny"]
         + ["--train_file", "train.jsonl", "--vocab_size", "600", "--output_dir", "tiny-llama"],
         cwd=tmp_path,
     )

@@ -10,17 +10,17 @@ knows nothing until it is trained.
 
 A tiny T5 for a CPU, from the text columns of a table:
 
-    python data_prep/init_model.py --architecture t5 --preset tiny \
+    python tools/init_model.py --architecture t5 --preset tiny \
         --train_file data/reviews/train.csv --output_dir models/tiny-t5
 
 T5-base in its published shape (222.9M parameters), vocabulary from two columns:
 
-    python data_prep/init_model.py --architecture t5 --preset t5-base --text_columns text summary \
+    python tools/init_model.py --architecture t5 --preset t5-base --text_columns text summary \
         --train_file data/reviews/train.csv --output_dir models/t5-base-scratch
 
 Llama 3 8B in its published shape, bfloat16, 16 GB of memory and of disk:
 
-    python data_prep/init_model.py --architecture llama --preset llama3-8b --dtype bfloat16 \
+    python tools/init_model.py --architecture llama --preset llama3-8b --dtype bfloat16 \
         --train_file data/chat/train.jsonl --output_dir models/llama3-8b-scratch
 """
 

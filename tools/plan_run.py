@@ -7,17 +7,17 @@
 
 Every way to train t5-large on four GPUs of 24 GB, and the fastest that fits:
 
-    python data_prep/plan_run.py --model t5-large --num_gpus 4 --gpu_memory 24 --host_memory 200 \
+    python tools/plan_run.py --model t5-large --num_gpus 4 --gpu_memory 24 --host_memory 200 \
         --optimizer zero_adafactor --per_device_train_batch_size 20 --max_source_length 256 --max_target_length 64
 
 The same with time and price of an epoch, and the DeepSpeed file written:
 
-    python data_prep/plan_run.py --model llama2-7b --num_gpus 4 --gpu_memory 80 --host_memory 400 --optimizer adamw \
+    python tools/plan_run.py --model llama2-7b --num_gpus 4 --gpu_memory 80 --host_memory 400 --optimizer adamw \
         --max_seq_length 1024 --num_examples 14246 --gpu_tflops 312 --mfu 0.4 --price_per_hour 2.5 --output_file z.json
 
 Predicted against measured, two real steps on this machine, in seconds:
 
-    python data_prep/plan_run.py --model t5-small --per_device_train_batch_size 8 --max_source_length 128 --probe
+    python tools/plan_run.py --model t5-small --per_device_train_batch_size 8 --max_source_length 128 --probe
 
 --model is a preset of init_model.py (beside this script), a model folder, or a name on the hub, of which only the
 configuration is read. Activations are not a formula: the training step runs on fake tensors, which have shapes but no
