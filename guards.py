@@ -1,0 +1,588 @@
+# Copyright 2026 The plaintune authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.8", "transformers>=5.17", "safetensors", "matplotlib"]
+# ///
+"""
+Refuses bad input early and all at once, goes on after a kill, draws curves, keeps MLflow's run, ends ranks together.
+
+Optional beside run_summarization.py, run_clm_instruct.py and run_generation.py: they compute the same without it. In the
+order in which a run meets them: read_arguments, check_training or check_generation, start_ranks, find_checkpoint,
+start_tracking, write_reports, run_and_exit.
+"""
+
+import argparse
+import atexit
+import csv
+import importlib.util
+import json
+import os
+import re
+import socket
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import TrainingArguments
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+
+# Flags of older versions, transformers' and ours, and what says the same today.
+REPLACED_FLAGS = {
+    "--overwrite_output_dir": "nothing is overwritten: name another --output_dir or remove the old folder",
+    "--evaluation_strategy": "use --eval_strategy",
+    "--group_by_length": "use --train_sampling_strategy group_by_length",
+    "--warmup_ratio": "use --warmup_steps with a value below 1, e.g. --warmup_steps 0.1",
+    "--logging_dir": "set the environment variable TENSORBOARD_LOGGING_DIR",
+    "--no_cuda": "use --use_cpu",
+    "--use_auth_token": "use --token, or log in with `hf auth login`",
+    "--per_gpu_train_batch_size": "use --per_device_train_batch_size",
+    "--per_gpu_eval_batch_size": "use --per_device_eval_batch_size",
+    "--encoder_name_or_path": "join the two by tools/join_models.py and give its folder as --model_name_or_path",
+    "--decoder_name_or_path": "join the two by tools/join_models.py and give its folder as --model_name_or_path",
+    "--lora_rank": "use --lora_r",
+    "--train_on_prompt": "use --assistant_only_loss false",
+}
+
+FILE_TYPES = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+
+# The least that a number may be; None, where a flag has it, says all of them.
+LEAST = dict.fromkeys(("max_source_length", "max_target_length", "val_max_target_length", "num_beams"), 1)
+LEAST |= dict.fromkeys(("max_train_samples", "max_eval_samples", "max_predict_samples", "max_new_tokens"), 1)
+LEAST |= {"preprocessing_num_workers": 1, "max_seq_length": 8, "lora_r": 0}
+
+# T5's activations leave fp16's range: the loss turns NaN (https://github.com/huggingface/transformers/issues/4586).
+FP16_OVERFLOWS = ("t5", "mt5", "umt5", "longt5", "switch_transformers", "pix2struct", "udop")
+
+# What must agree between the DeepSpeed file and the flags: the file's keys, the flag, the trainer's field.
+DEEPSPEED_TWINS = (
+    (("train_micro_batch_size_per_gpu",), "per_device_train_batch_size"),
+    (("gradient_accumulation_steps",), "gradient_accumulation_steps"),
+    (("gradient_clipping",), "max_grad_norm"),
+    (("bf16", "enabled"), "bf16"),
+    (("fp16", "enabled"), "fp16"),
+)
+
+# What --report_to needs, the first name being what to install.
+TRACKERS = {"mlflow": ("mlflow",), "tensorboard": ("tensorboardX", "tensorboard")}
+
+
+class UsageError(ValueError):
+    """What the user can mend: printed as one message without a traceback, exit code 2."""
+
+
+# ------------------------------------------------------------------------------------------------ arguments
+
+
+def read_arguments(parser: argparse.ArgumentParser, argv: list[str]) -> list[str]:
+    """
+    The flags of a command line for `parser`, whose defaults are the values of a .json file given first.
+
+    DeepSpeed's own spelling of its flag is understood. Raises UsageError at flags of older versions, with what says
+    the same today, and at keys of the file that are no flags.
+    """
+    argv = join_deepspeed_flags(argv)
+    replaced = [f"{a} is gone: {REPLACED_FLAGS[f]}" for a in argv if (f := a.split("=")[0]) in REPLACED_FLAGS]
+    if replaced:
+        raise UsageError("\n".join(replaced))
+    if argv and argv[0].endswith(".json"):
+        take_defaults_from_json(parser, argv[0])
+        return argv[1:]
+    return argv
+
+
+def join_deepspeed_flags(argv: list[str]) -> list[str]:
+    """`--deepspeed --deepspeed_config PATH`, DeepSpeed's own spelling (and Spark's distributor's), as one flag."""
+    bare = [
+        i for i, flag in enumerate(argv) if flag == "--deepspeed" and "".join(argv[i + 1 : i + 2])[:2] in ("", "--")
+    ]
+    if "--deepspeed_config" in argv:
+        argv = [flag for i, flag in enumerate(argv) if i not in bare]
+    return ["--deepspeed" if flag == "--deepspeed_config" else flag for flag in argv]
+
+
+def take_defaults_from_json(parser: argparse.ArgumentParser, path: str) -> None:
+    """Make the values of a .json argument file the parser's defaults, so that flags after it still count."""
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: cannot be read as a JSON file of arguments: {error}") from None
+    unknown = sorted(set(values) - {action.dest for action in parser._actions})
+    if unknown:
+        raise UsageError(f"{path}: no such argument: {', '.join(unknown)}. `--help` lists all.")
+    for action in parser._actions:
+        action.required = action.required and action.dest not in values
+    parser.set_defaults(**values)
+
+
+# ------------------------------------------------------------------------------------------------ checks
+
+
+def check_training(args: argparse.Namespace, find_columns, problems=()) -> None:
+    """
+    Raise everything wrong with a training script's arguments as one UsageError; nothing is downloaded or loaded.
+
+    find_columns(columns, args) raises UsageError where a file's columns do not serve; problems: what the script found
+    itself. The trainer's arguments are not built before this: that would start the process group.
+    """
+    problems, audit_only = list(problems), getattr(args, "audit_only", False)
+    if not (args.do_train or args.do_eval or args.do_predict or audit_only):
+        problems.append("nothing to do: give --do_train, --do_eval or --do_predict")
+    if args.output_dir is None and not audit_only:
+        problems.append("--output_dir is missing: where the model and the results go")
+    splits = {"do_train": "train", "do_eval": "validation", "do_predict": "test", "audit_only": "train"}
+    if args.do_train and hasattr(args, "validation_split_percentage"):
+        splits.pop("do_eval")  # there a share of the training data can be kept for it
+    for task, split in splits.items():
+        if getattr(args, task, False) and args.dataset_name is None and getattr(args, f"{split}_file") is None:
+            problems.append(f"--{task} needs --{split}_file or --dataset_name")
+    for flag in ("train_file", "validation_file", "test_file"):
+        if getattr(args, flag) is not None:
+            problems += find_file_problems(f"--{flag} {getattr(args, flag)}", getattr(args, flag), args, find_columns)
+    for flag, least in LEAST.items():
+        value = getattr(args, flag, None)
+        if value is not None and value < least:
+            problems.append(f"--{flag} {value}: must be {least} or more")
+    problems += find_model_problems(args)
+    problems += find_deepspeed_problems(args)
+    problems += find_tracking_problems(args)
+    if args.output_dir is not None and not audit_only:
+        problems += find_output_problems(args)
+    if problems:
+        raise UsageError("\n".join(problems))
+
+
+def find_file_problems(named: str, path: str, args: argparse.Namespace, find_columns) -> list[str]:
+    """What is wrong with one data file, as `named[:line]: what, and the way out`; reads it once, line by line."""
+    try:
+        columns, num_rows = scan_table(path)
+        if num_rows == 0:
+            raise UsageError(f"{path}: the file holds no rows")
+        find_columns(columns, args)
+    except UsageError as error:
+        return [named + str(error).removeprefix(path) if str(error).startswith(path) else f"{named}: {error}"]
+    return []
+
+
+def scan_table(path: str) -> tuple[list[str], int]:
+    """Column names and number of rows of a file, read once, line by line. Raises UsageError with the line at fault."""
+    ending = Path(path).suffix.lower()
+    if not os.path.isfile(path):
+        raise UsageError(f"{path}: there is no such file")
+    if ending not in FILE_TYPES and ending != ".txt":
+        raise UsageError(f"{path}: unknown ending; known are {', '.join(FILE_TYPES)}")
+    if os.path.getsize(path) == 0:
+        raise UsageError(f"{path}: the file is empty")
+    if ending == ".txt":
+        return ["text"], sum(bool(line.strip()) for _, line in decode_lines(path))
+    return {"csv": scan_csv, "json": scan_json, "parquet": scan_parquet}[FILE_TYPES[ending]](path)
+
+
+def decode_lines(path: str):
+    """Yield (line number from 1, text) of a UTF-8 file; raises UsageError at the first line that is not UTF-8."""
+    with open(path, "rb") as stream:
+        for number, line in enumerate(stream, 1):
+            try:
+                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise UsageError(
+                    f"{path}:{number}: not UTF-8 (byte {line[error.start]:#04x}); convert it, "
+                    f"e.g. `iconv -f latin1 -t utf-8 {path}`"
+                ) from None
+
+
+def scan_csv(path: str) -> tuple[list[str], int]:
+    """Column names and number of rows of a CSV file; raises UsageError where a row has more fields than columns."""
+    csv.field_size_limit(sys.maxsize)
+    reader = csv.reader(line for _, line in decode_lines(path))
+    columns = next(reader, [])
+    rows = 0
+    for row in reader:
+        rows += bool(row)
+        if len(row) > len(columns):
+            raise UsageError(
+                f"{path}:{reader.line_num}: {len(row)} fields where the header has {len(columns)}; "
+                "put quotes around a field that holds a comma"
+            )
+    return columns, rows
+
+
+def scan_json(path: str) -> tuple[list[str], int]:
+    """Column names and number of rows of a JSONL file or a JSON array of objects; raises UsageError if malformed."""
+    columns, rows, lines = {}, 0, []
+    is_array = None
+    for number, line in decode_lines(path):
+        if is_array is None and line.strip():
+            is_array = line.lstrip().startswith("[")
+        if is_array:
+            lines.append(line)
+        elif line.strip():
+            columns.update(dict.fromkeys(parse_json_object(line, f"{path}:{number}")))
+            rows += 1
+    if is_array:
+        try:
+            array = json.loads("".join(lines))
+        except ValueError as error:
+            raise UsageError(f"{path}: not a JSON array: {error}") from None
+        for i, row in enumerate(array):
+            if not isinstance(row, dict):
+                raise UsageError(f"{path}: element {i} of the array is not an object")
+            columns.update(dict.fromkeys(row))
+        rows = len(array)
+    return list(columns), rows
+
+
+def parse_json_object(line: str, where: str) -> dict:
+    """One line of JSONL; raises UsageError that names `where` if it is no JSON object."""
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise UsageError(f"{where}: malformed JSON ({error}); each line must be one object") from None
+    if not isinstance(row, dict):
+        raise UsageError(f"{where}: not a JSON object but a {type(row).__name__}; each line must be one object")
+    return row
+
+
+def scan_parquet(path: str) -> tuple[list[str], int]:
+    """Column names and number of rows of a Parquet file; raises UsageError if it is none."""
+    import pyarrow.parquet
+
+    try:
+        metadata = pyarrow.parquet.read_metadata(path)
+    except Exception as error:  # pyarrow raises several kinds
+        raise UsageError(f"{path}: cannot be read as Parquet: {error}") from None
+    return metadata.schema.to_arrow_schema().names, metadata.num_rows
+
+
+def read_model_config(flag: str, name: str) -> dict | None:
+    """config.json of a model folder, None for a name on the hub. Raises UsageError."""
+    folder = Path(name)
+    if not (folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1):
+        return None
+    if not (folder / "config.json").is_file():
+        what = "the folder has no config.json" if folder.is_dir() else "there is no such folder"
+        raise UsageError(f"{flag} {name}: {what}; give a model folder or a name on the hub")
+    try:
+        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UsageError(f"{flag} {name}: config.json is not JSON: {error}") from None
+
+
+def find_model_problems(args: argparse.Namespace) -> list[str]:
+    """What is wrong with the model folder, the script for its kind, a length beyond its positions, --fp16 with T5."""
+    if args.model_name_or_path is None:
+        return ["--model_name_or_path is missing: a model folder or a name on the hub"]
+    named = f"--model_name_or_path {args.model_name_or_path}"
+    try:
+        config = read_model_config("--model_name_or_path", args.model_name_or_path)
+    except UsageError as error:
+        return [str(error)]
+    problems, is_causal = [], hasattr(args, "max_seq_length")
+    model_type = (config or {}).get("model_type", "")
+    is_seq2seq = model_type in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+    if model_type and is_causal == is_seq2seq:
+        what = "an encoder-decoder; run_summarization.py" if is_seq2seq else "no encoder-decoder; run_clm_instruct.py"
+        problems.append(f"{named}: is {what} trains those")
+    limit = (config or {}).get("max_position_embeddings")
+    if is_causal and limit and args.max_seq_length and args.max_seq_length > limit:
+        problems.append(f"--max_seq_length {args.max_seq_length}: the model has {limit} positions; give {limit}")
+    hub_t5 = config is None and re.search(r"(^|[/_-])(m|um|long|flan-)?t5", args.model_name_or_path.lower())
+    if args.fp16 and (hub_t5 or model_type in FP16_OVERFLOWS):
+        problems.append("--fp16: T5 overflows in fp16 and the loss turns NaN; use --bf16")
+    return problems
+
+
+def find_deepspeed_problems(args: argparse.Namespace) -> list[str]:
+    """What is wrong with the DeepSpeed file, and where it contradicts a flag."""
+    path = args.deepspeed
+    if path is None:
+        return []
+    if not os.path.isfile(path):
+        return [f"--deepspeed {path}: there is no such file"]
+    try:
+        config = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        return [f"--deepspeed {path}: not JSON: {error}"]
+    if not isinstance(config, dict):
+        return [f"--deepspeed {path}: not a JSON object"]
+    problems = []
+    for keys, flag in DEEPSPEED_TWINS:
+        value = config
+        for key in keys:
+            value = value.get(key, "auto") if isinstance(value, dict) else "auto"
+        if value != "auto" and value != getattr(args, flag):
+            problems.append(
+                f"--deepspeed {path}: {'.'.join(keys)} is {json.dumps(value)} but --{flag} is {getattr(args, flag)}; "
+                f'make them equal or write "auto"'
+            )
+    if "optimizer" in config and args.optim != TrainingArguments.__dataclass_fields__["optim"].default:
+        problems.append(f"--deepspeed {path}: its optimizer block overrules --optim; remove one of the two")
+    offload = config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
+    if "optimizer" not in config and offload != "none" and config.get("zero_force_ds_cpu_optimizer", True):
+        problems.append(
+            f"--deepspeed {path}: offload_optimizer with --optim {args.optim} needs "
+            '"zero_force_ds_cpu_optimizer": false'
+        )
+    if offload == "nvme" and args.optim == "adafactor":
+        problems.append(
+            f"--deepspeed {path}: offload_optimizer on nvme swaps state as large as the weights, which Adafactor's "
+            'factors are not; there is next to none: write "device": "cpu"'
+        )
+    return problems
+
+
+def find_tracking_problems(args: argparse.Namespace) -> list[str]:
+    """A tracker that is not installed, and a folder as MLflow's address."""
+    names = [args.report_to] if isinstance(args.report_to, str) else args.report_to or []
+    problems = [
+        f"--report_to {name}: {packages[0]} is not installed; `pip install {packages[0]}`, or leave the flag out"
+        for name, packages in TRACKERS.items()
+        if name in names and not any(importlib.util.find_spec(package) for package in packages)
+    ]
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    if "mlflow" in names and uri.startswith(("file:", "/", ".")) and not os.environ.get("MLFLOW_ALLOW_FILE_STORE"):
+        problems.append(
+            f"MLFLOW_TRACKING_URI={uri}: MLflow 3 no longer writes into a folder; give sqlite:///mlflow.db, "
+            "a server's URL, or leave it out"
+        )
+    return problems
+
+
+def find_output_problems(args: argparse.Namespace) -> list[str]:
+    """An output folder may be new, empty, or one whose run goes on from a checkpoint; nothing is overwritten."""
+    folder = Path(args.output_dir)
+    if folder.exists() and not folder.is_dir():
+        return [f"--output_dir {folder}: is a file"]
+    # runs/ holds TensorBoard's curves, which an attempt writes from its first second on.
+    held = sorted(entry.name for entry in folder.iterdir() if entry.name != "runs") if folder.exists() else []
+    if args.do_train:
+        # The last file of a run; all_results.json is there before the last evaluation, which a kill may end.
+        if "trainer_state.json" in held and args.resume_from_checkpoint is None:
+            return [
+                f"--output_dir {folder}: holds a finished run; name another folder, or go on from it with "
+                "--resume_from_checkpoint CHECKPOINT"
+            ]
+        if held and not any(name.startswith("checkpoint-") for name in held) and args.resume_from_checkpoint is None:
+            return [
+                f"--output_dir {folder}: holds something else ({', '.join(held[:5])}) and no checkpoint to go on "
+                "from; name another folder or empty it"
+            ]
+        return []
+    results = [name for name in held if name in ("all_results.json", "generated_predictions.jsonl")]
+    if results:
+        return [f"--output_dir {folder}: already holds {', '.join(results)}; name another folder"]
+    return []
+
+
+# ------------------------------------------------------------------------------------------------ ranks
+
+
+def start_ranks(args: argparse.Namespace) -> None:
+    """
+    Make a run possible without variables from the user: as the only rank under --deepspeed, and on the CPU.
+
+    `python script.py --deepspeed FILE`, without a launcher, is one rank; DeepSpeed would look for MPI and fail.
+    """
+    if args.deepspeed and "RANK" not in os.environ and "OMPI_COMM_WORLD_SIZE" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    if args.use_cpu:
+        # Left to itself each rank starts a thread a core; two ranks of ZeRO-3 on two cores are then 3 times slower.
+        # (deepspeed says LOCAL_SIZE, torchrun LOCAL_WORLD_SIZE)
+        ranks = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
+        threads = max(1, (os.cpu_count() or 1) // ranks)
+        threads = int(os.environ.setdefault("OMP_NUM_THREADS", str(threads)))
+        torch.set_num_threads(threads)
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"No accelerator in use: running on the CPU (--use_cpu), {threads} threads a process.", flush=True)
+
+
+# ------------------------------------------------------------------------------------------------ checkpoints
+
+
+def find_checkpoint(training_args) -> str | None:
+    """The checkpoint to go on from: the one named, else the newest complete one in the output folder, else None."""
+    named = training_args.resume_from_checkpoint
+    if named is not None and named.lower() not in ("true", "false"):
+        missing = explain_incomplete(named)
+        if missing:
+            raise UsageError(f"--resume_from_checkpoint {named}: {missing}")
+        return named
+    folder = Path(training_args.output_dir)
+    checkpoints = [p for p in folder.glob("checkpoint-*") if p.name.split("-")[-1].isdigit()]
+    for path in sorted(checkpoints, key=lambda p: int(p.name.split("-")[-1]), reverse=True):
+        missing = explain_incomplete(path)
+        if missing is None:
+            return str(path)
+        if training_args.process_index == 0:
+            print(f"Passing over {path}: {missing}. The process was probably killed while saving.", flush=True)
+    return None
+
+
+def explain_incomplete(checkpoint: str | Path) -> str | None:
+    """
+    Why a checkpoint folder cannot be resumed from, or None if it is whole.
+
+    The trainer writes weights, optimizer, random states and then trainer_state.json; a kill in between leaves the
+    folder behind, and transformers' get_last_checkpoint picks it (seen on 5.23). torch's files are zip archives,
+    whose directory stands at the end, and safetensors' headers say how long they are: a torn one shows at once.
+    """
+    folder = Path(checkpoint)
+    if not folder.is_dir():
+        return "there is no such folder"
+    try:
+        json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return "trainer_state.json is missing or torn"
+    for path in folder.rglob("*"):
+        if path.suffix in (".pt", ".pth", ".bin", ".safetensors") and not is_whole(path):
+            return f"{path.relative_to(folder)} is torn"
+        if path.name.endswith(".index.json"):
+            shards = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
+            if lost := [s for s in sorted(shards) if not (folder / s).is_file()]:
+                return f"{lost[0]} is missing"
+    if not any((folder / name).exists() for name in ("optimizer.pt", "optimizer.bin", "latest")):
+        return "the optimizer's state is missing"
+    if (folder / "latest").exists():
+        tag = folder / (folder / "latest").read_text(encoding="utf-8").strip()
+        ranks, states = len(list(folder.glob("rng_state*.pth"))), len(list(tag.glob("*_optim_states.pt")))
+        if ranks != states or states == 0:
+            return f"{states} optimizer states and {ranks} random states: not one of each for every rank"
+    return None
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a file of torch's or of safetensors is as long as it says itself."""
+    if path.suffix != ".safetensors":
+        return zipfile.is_zipfile(path)
+    try:
+        with safe_open(path, "pt"):
+            return True
+    except (SafetensorError, OSError):
+        return False
+
+
+# ------------------------------------------------------------------------------------------------ tracking
+
+
+def start_tracking(trainer, *arguments) -> None:
+    """
+    With --report_to mlflow, begin the one run of training, evaluation and prediction; on the first rank only.
+
+    arguments: the script's dataclasses, logged but for the token. The trainer's callback ends the run it starts itself
+    when training ends, and what is evaluated later would begin a second one (transformers 5.23). A run it finds it
+    goes on with and leaves open, for write_reports.
+    """
+    args = trainer.args
+    if "mlflow" not in args.report_to or not trainer.is_world_process_zero():
+        return
+    import mlflow
+
+    if not mlflow.is_tracking_uri_set():
+        mlflow.set_tracking_uri("sqlite:///mlflow.db")
+    run = mlflow.active_run() or mlflow.start_run(run_name=args.run_name)
+    atexit.register(mlflow.end_run, "FAILED")  # of a run that write_reports has ended it does nothing
+    # The callback logs the trainer's flags and the model's configuration, which may have a name of ours. Asynchronous
+    # as there: a run that is gone on with (MLFLOW_RUN_ID) keeps its first values, and no error is raised.
+    given = {k: v for part in arguments for k, v in vars(part).items() if k != "token"}
+    given = {f"flag.{k}" if hasattr(trainer.model.config, k) else k: v for k, v in given.items()}
+    mlflow.log_params(given, synchronous=False)
+    if isinstance(args.deepspeed, str):
+        mlflow.log_artifact(args.deepspeed)
+    print(f"MLflow run {run.info.run_name} ({run.info.run_id}) in {mlflow.get_tracking_uri()}", flush=True)
+
+
+def end_tracking(folder: Path) -> None:
+    """End the MLflow run with the results' files in it, the generated texts as a table too."""
+    import mlflow
+
+    for name in ("all_results.json", "training_curves.png", "generated_predictions.jsonl"):
+        if (folder / name).is_file():
+            mlflow.log_artifact(folder / name)
+    if (folder / "generated_predictions.jsonl").is_file():
+        rows = [json.loads(row) for _, row in decode_lines(folder / "generated_predictions.jsonl")]
+        mlflow.log_table({name: [row[name] for row in rows] for name in rows[0]}, "generated_predictions.json")
+    mlflow.flush_async_logging()
+    mlflow.end_run()
+
+
+def write_reports(trainer, task: str, model_args, data_args) -> None:
+    """Curves, model card, and the end of MLflow's run; on the first rank only."""
+    if not trainer.is_world_process_zero():
+        return
+    folder = Path(trainer.args.output_dir)
+    if trainer.state.log_history:
+        draw_curves(trainer.state.log_history, folder / "training_curves.png")
+    if trainer.args.do_train:
+        card = {"finetuned_from": model_args.model_name_or_path, "tasks": task}
+        if data_args.dataset_name is not None:
+            card |= {"dataset_tags": data_args.dataset_name, "dataset": data_args.dataset_name}
+        trainer.create_model_card(**card)
+    if "mlflow" in trainer.args.report_to:
+        end_tracking(folder)
+
+
+def draw_curves(history: list[dict], path: Path) -> None:
+    """Loss, ROUGE, learning rate and gradient norm over the steps, from the trainer's log history, as a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    panels = {
+        "loss": ("loss", "eval_loss"),
+        "ROUGE (validation)": ("eval_rouge1", "eval_rouge2", "eval_rougeL"),
+        "token accuracy (validation)": ("eval_token_accuracy",),
+        "learning rate": ("learning_rate",),
+        "gradient norm": ("grad_norm",),
+    }
+    panels = {title: names for title, names in panels.items() if any(n in entry for entry in history for n in names)}
+    figure = Figure(figsize=(5 * max(len(panels), 1), 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, max(len(panels), 1), squeeze=False)[0]
+    for axis, (title, names) in zip(axes, panels.items(), strict=False):
+        for name in names:
+            points = [(entry["step"], entry[name]) for entry in history if name in entry]
+            if points:
+                marker = "o" if len(points) < 30 else None
+                axis.plot(*zip(*points, strict=True), marker=marker, markersize=3, label=name)
+        axis.set_title(title)
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.savefig(path, dpi=120)
+
+
+# ------------------------------------------------------------------------------------------------ exit
+
+
+def run_and_exit(main) -> None:
+    """
+    Run main() and leave with 0, or with 2 after a message the user can act on.
+
+    Ranks leave together and by os._exit: gloo's threads sometimes abort a finished rank in the interpreter's own
+    shutdown ("terminate called without an active exception", exit code 250, in about 1 of 15 two-rank runs on torch
+    2.13), and the launcher then reports a failed run. Other libraries' exit handlers run before that.
+    """
+    try:
+        main()
+    except UsageError as error:
+        if int(os.environ.get("RANK", 0)) == 0:
+            lines = str(error).split("\n")
+            print("".join(f"\nerror: {line}" for line in lines), file=sys.stderr, flush=True)
+        else:
+            time.sleep(3)  # the launcher ends every rank when the first is gone: let rank 0 speak
+        os._exit(2)
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+# ------------------------------------------------------------------------------------------------ generation
