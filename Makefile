@@ -2,12 +2,16 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+WITH_VENV = PATH="$(CURDIR)/$(BIN):$$PATH"
 # A machine with an NVIDIA driver takes the registry's CUDA build of torch, any other the CPU build (200 MB, not 3 GB).
 # Where that index cannot be reached pip goes on with the registry. TORCH_INDEX= (empty) switches it off.
 TORCH_INDEX ?= $(if $(shell command -v nvidia-smi 2>/dev/null),,https://download.pytorch.org/whl/cpu)
 TORCH = $(shell grep '^torch==' requirements.txt)
 DEEPSPEED = $(shell grep '^deepspeed==' requirements.txt)
 
+# What may be given: make train-t5-small TRAIN_FILE=mine.csv MODEL=/models/t5-small EXTRA="--max_steps 100"
+MODEL ?=
+EXTRA ?=
 DATA ?= data
 OUT ?= out
 TRAIN_FILE ?= $(DATA)/train.csv
@@ -15,14 +19,24 @@ VALIDATION_FILE ?= $(DATA)/validation.csv
 REVIEWS ?= $(DATA)/reviews.tsv.gz
 INSTRUCTIONS ?= databricks-dolly-15k.jsonl
 INSTRUCT_DATA ?= data/instruct
-MODEL ?=
-EXTRA ?=
-PREFIX = "summarize: "
-COMMON = --do_train --do_eval --train_file $(TRAIN_FILE) --validation_file $(VALIDATION_FILE) \
-	--source_prefix $(PREFIX) --optim adafactor --bf16 --predict_with_generate \
-	--max_source_length 256 --max_target_length 64
 
-.PHONY: demo demo-instruct test test-slow test-launchers test-gpu bench-adafactor bench-gpu quality style prep-reviews prep-instruct fix-copies generate summarize-products serve bench-generation bench-training bench-instruct bench-start-up train-t5-small train-t5-large train-t5-11b train-llama2-7b train-llama3-8b clean
+.PHONY: demo demo-instruct
+.PHONY: test test-slow test-gpu test-launchers quality style fix-copies clean
+.PHONY: prep-reviews prep-instruct
+.PHONY: train-t5-small train-t5-large train-t5-11b train-llama2-7b train-llama3-8b
+.PHONY: generate summarize-products serve
+.PHONY: copy
+.PHONY: bench-training bench-instruct bench-generation bench-start-up bench-adafactor bench-gpu
+
+# A tiny T5 made here, on synthetic reviews made here: two CPU processes of ZeRO-3, or the GPUs that are there.
+demo: $(VENV)/.core
+	$(WITH_VENV) python demo.py
+
+# A tiny Llama made here on questions made here, packed; it answers and stops.
+demo-instruct: $(VENV)/.core
+	$(WITH_VENV) python demo_instruct.py
+
+# ------------------------------------------------------------------------------------------------ environment
 
 $(VENV)/.core: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -37,13 +51,11 @@ $(VENV)/.dev: $(VENV)/.core requirements-dev.txt
 	$(BIN)/python -m pip install -q -r requirements-dev.txt
 	touch $@
 
-# A tiny T5 made here, on synthetic reviews made here: two CPU processes of ZeRO-3, or the GPUs that are there.
-demo: $(VENV)/.core
-	PATH="$(CURDIR)/$(BIN):$$PATH" python demo.py
+$(VENV)/.launchers: $(VENV)/.dev requirements-launchers.txt
+	$(BIN)/python -m pip install -q -r requirements-launchers.txt
+	touch $@
 
-# A tiny Llama made here on questions made here, packed; it answers and stops.
-demo-instruct: $(VENV)/.core
-	PATH="$(CURDIR)/$(BIN):$$PATH" python demo_instruct.py
+# ------------------------------------------------------------------------------------------------ tests and style
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=12
@@ -51,16 +63,12 @@ test: $(VENV)/.dev
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -m slow
 
-$(VENV)/.launchers: $(VENV)/.dev requirements-launchers.txt
-	$(BIN)/python -m pip install -q -r requirements-launchers.txt
-	touch $@
+test-gpu: $(VENV)/.dev
+	$(BIN)/python -m pytest -q -m gpu
 
 # Real Spark, real Ray, real MLflow with its server, two hosts in network namespaces.
 test-launchers: $(VENV)/.launchers
 	$(BIN)/python -m pytest -q -m launchers --durations=8
-
-test-gpu: $(VENV)/.dev
-	$(BIN)/python -m pytest -q -m gpu
 
 quality: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -74,32 +82,59 @@ style: $(VENV)/.dev
 fix-copies:
 	$(PYTHON) tests/fix_copies.py $(FROM)
 
-bench-adafactor: $(VENV)/.core
-	$(BIN)/python benchmarks/adafactor_memory.py
+clean:
+	rm -rf demo demo_instruct .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
-# t5-11b with full parameters on one GPU: ZeRO-3 with ZeroAdafactor, with AdamW (runs out of memory on 141 GB), pure bf16.
-bench-gpu: $(VENV)/.core
-	$(BIN)/python benchmarks/adafactor_memory.py --fit t5-11b
+# ------------------------------------------------------------------------------------------------ data
+# The commands of the targets from here on to `copy` stand in README.md as well; a test holds that they are the same.
 
 prep-reviews: $(VENV)/.core
 	$(BIN)/python data_prep/prepare_reviews.py --input_file $(REVIEWS) --output_dir $(DATA) --drop_star_headlines $(EXTRA)
 
+prep-instruct: $(VENV)/.core
+	$(BIN)/python data_prep/prepare_instruct.py --input_file $(INSTRUCTIONS) --output_dir $(INSTRUCT_DATA) $(EXTRA)
+
+# ------------------------------------------------------------------------------------------------ training
+
+REVIEW_FLAGS = --do_train --do_eval --train_file $(TRAIN_FILE) --validation_file $(VALIDATION_FILE) \
+	--source_prefix "summarize: " --max_source_length 256 --max_target_length 64 --predict_with_generate --optim adafactor --bf16
+INSTRUCT_FLAGS = --do_train --do_eval --train_file $(INSTRUCT_DATA)/train.jsonl \
+	--validation_file $(INSTRUCT_DATA)/validation.jsonl --max_eval_samples 500 --packing --bf16 --activation_checkpointing
+
 train-t5-small: $(VENV)/.core
-	$(BIN)/python run_summarization.py --model_name_or_path $(or $(MODEL),t5-small) $(COMMON) --output_dir $(OUT)/t5-small \
-		--num_train_epochs 8 --per_device_train_batch_size 64 --per_device_eval_batch_size 64 \
+	$(BIN)/python run_summarization.py \
+		--model_name_or_path $(or $(MODEL),t5-small) $(REVIEW_FLAGS) --num_train_epochs 8 \
+		--per_device_train_batch_size 64 --per_device_eval_batch_size 64 --output_dir $(OUT)/t5-small \
 		--run_name t5-small-fine-tune-reviews $(EXTRA)
 
 train-t5-large: $(VENV)/.core
-	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed run_summarization.py --deepspeed ds_configs/zero2.json \
-		--model_name_or_path $(or $(MODEL),t5-large) $(COMMON) --output_dir $(OUT)/t5-large --gradient_checkpointing \
-		--num_train_epochs 8 --per_device_train_batch_size 20 --per_device_eval_batch_size 20 \
+	$(WITH_VENV) deepspeed run_summarization.py --deepspeed ds_configs/zero2.json \
+		--model_name_or_path $(or $(MODEL),t5-large) $(REVIEW_FLAGS) --activation_checkpointing --num_train_epochs 8 \
+		--per_device_train_batch_size 20 --per_device_eval_batch_size 20 --output_dir $(OUT)/t5-large \
 		--run_name t5-large-fine-tune-reviews $(EXTRA)
 
 train-t5-11b: $(VENV)/.core
-	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed run_summarization.py --deepspeed ds_configs/zero3_offload.json \
-		--model_name_or_path $(or $(MODEL),t5-11b) $(COMMON) --output_dir $(OUT)/t5-11b --gradient_checkpointing \
-		--num_train_epochs 1 --per_device_train_batch_size 8 --per_device_eval_batch_size 8 \
+	$(WITH_VENV) deepspeed run_summarization.py --deepspeed ds_configs/zero3_offload.json \
+		--model_name_or_path $(or $(MODEL),t5-11b) $(REVIEW_FLAGS) --activation_checkpointing --num_train_epochs 1 \
+		--per_device_train_batch_size 8 --per_device_eval_batch_size 8 --output_dir $(OUT)/t5-11b \
 		--run_name t5-11b-fine-tune-reviews $(EXTRA)
+
+train-llama2-7b: $(VENV)/.core
+	$(WITH_VENV) deepspeed run_clm_instruct.py --deepspeed ds_configs/zero3_offload_adamw.json \
+		--model_name_or_path $(or $(MODEL),meta-llama/Llama-2-7b-chat-hf) $(INSTRUCT_FLAGS) --prompt_template dolly \
+		--max_seq_length 1024 --learning_rate 1e-5 --warmup_steps 50 --num_train_epochs 2 \
+		--per_device_train_batch_size 8 --per_device_eval_batch_size 8 --output_dir $(OUT)/llama2-7b \
+		--run_name llama2-7b-dolly $(EXTRA)
+
+train-llama3-8b: $(VENV)/.core
+	$(BIN)/python run_clm_instruct.py \
+		--model_name_or_path $(or $(MODEL),meta-llama/Meta-Llama-3-8B-Instruct) $(INSTRUCT_FLAGS) --prompt_template chat \
+		--max_seq_length 2048 --learning_rate 2e-4 --num_train_epochs 2 --lora_r 16 --merge_lora \
+		--per_device_train_batch_size 4 --per_device_eval_batch_size 8 --output_dir $(OUT)/llama3-8b \
+		--run_name llama3-8b-dolly-lora $(EXTRA)
+
+# ------------------------------------------------------------------------------------------------ generation
 
 # MODEL, TABLE in, SUMMARIES out; EXTRA for decoding flags.
 TABLE ?= $(VALIDATION_FILE)
@@ -118,11 +153,18 @@ SERVED ?= plaintune
 PORT ?= 5001
 serve: $(VENV)/.launchers
 	$(if $(MODEL),MLFLOW_TRACKING_URI=$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db} $(BIN)/python launchers/mlflow_model.py --model_dir $(MODEL) --registered_model_name $(SERVED) --port $(PORT))
-	MLFLOW_TRACKING_URI=$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db} PATH="$(CURDIR)/$(BIN):$$PATH" \
+	MLFLOW_TRACKING_URI=$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db} $(WITH_VENV) \
 		mlflow models serve --env-manager local -h 127.0.0.1 -p $(PORT) -m models:/$(SERVED)/latest
 
-bench-generation: $(VENV)/.core
-	$(BIN)/python benchmarks/generation_speed.py
+# ------------------------------------------------------------------------------------------------ copying
+
+# SCRIPT with its companions and the DS_CONFIGS asked for to the folder TO; nothing that differs is overwritten.
+SCRIPT ?= run_summarization.py
+DS_CONFIGS ?=
+copy:
+	$(PYTHON) tools/copy_script.py --script $(SCRIPT) --to $(TO) $(if $(DS_CONFIGS),--ds_configs $(DS_CONFIGS))
+
+# ------------------------------------------------------------------------------------------------ benchmarks
 
 # Against the stock trainers, side by side; EXTRA="--preset t5-large --bf16 --steps 60" on a GPU.
 bench-training: $(VENV)/.core
@@ -132,28 +174,16 @@ bench-instruct: $(VENV)/.core
 	$(BIN)/python benchmarks/instruct_speed.py --train_file $(INSTRUCT_DATA)/train.jsonl \
 		--validation_file $(INSTRUCT_DATA)/validation.jsonl $(EXTRA)
 
+bench-generation: $(VENV)/.core
+	$(BIN)/python benchmarks/generation_speed.py $(EXTRA)
+
 # Seconds to the first step of a training and what they go to; EXTRA is the script and its arguments.
 bench-start-up: $(VENV)/.core
 	$(BIN)/python benchmarks/start_up.py $(EXTRA)
 
-prep-instruct: $(VENV)/.core
-	$(BIN)/python data_prep/prepare_instruct.py --input_file $(INSTRUCTIONS) --output_dir $(INSTRUCT_DATA) $(EXTRA)
+bench-adafactor: $(VENV)/.core
+	$(BIN)/python benchmarks/adafactor_memory.py $(EXTRA)
 
-INSTRUCT = --do_train --do_eval --train_file $(INSTRUCT_DATA)/train.jsonl --validation_file $(INSTRUCT_DATA)/validation.jsonl \
-	--bf16 --gradient_checkpointing --packing --max_eval_samples 500
-
-train-llama2-7b: $(VENV)/.core
-	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed run_clm_instruct.py --deepspeed ds_configs/zero3_offload_adamw.json \
-		--model_name_or_path $(or $(MODEL),meta-llama/Llama-2-7b-chat-hf) $(INSTRUCT) --output_dir $(OUT)/llama2-7b \
-		--prompt_template dolly --max_seq_length 1024 --learning_rate 1e-5 --warmup_steps 50 --num_train_epochs 2 \
-		--per_device_train_batch_size 8 --per_device_eval_batch_size 8 --run_name llama2-7b-dolly $(EXTRA)
-
-train-llama3-8b: $(VENV)/.core
-	$(BIN)/python run_clm_instruct.py --model_name_or_path $(or $(MODEL),meta-llama/Meta-Llama-3-8B-Instruct) $(INSTRUCT) \
-		--output_dir $(OUT)/llama3-8b --prompt_template chat --max_seq_length 2048 --lora_rank 16 --merge_lora \
-		--learning_rate 2e-4 --num_train_epochs 2 --per_device_train_batch_size 4 --per_device_eval_batch_size 8 \
-		--run_name llama3-8b-dolly-lora $(EXTRA)
-
-clean:
-	rm -rf demo demo_instruct .pytest_cache .ruff_cache
-	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+# t5-11b with full parameters on one GPU: ZeRO-3 with ZeroAdafactor, with AdamW (runs out of memory on 141 GB), pure bf16.
+bench-gpu: $(VENV)/.core
+	$(BIN)/python benchmarks/adafactor_memory.py --fit t5-11b
