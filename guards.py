@@ -6,9 +6,9 @@
 """
 Refuses bad input early and all at once, goes on after a kill, draws curves, keeps MLflow's run, ends ranks together.
 
-Optional beside run_summarization.py, run_clm_instruct.py and run_generation.py: they compute the same without it. In the
-order in which a run meets them: read_arguments, check_training or check_generation, start_ranks, find_checkpoint,
-start_tracking, write_reports, run_and_exit.
+Optional beside run_summarization.py, run_clm_instruct.py and run_generation.py: they compute the same without it. In
+the order in which a run meets them: read_arguments, check_training or check_generation, start_ranks, set_up_logging,
+find_checkpoint, start_tracking, write_reports, run_and_exit.
 """
 
 import argparse
@@ -16,15 +16,19 @@ import atexit
 import csv
 import importlib.util
 import json
+import logging
 import os
 import re
 import socket
 import sys
 import time
+import warnings
 import zipfile
 from pathlib import Path
 
+import datasets
 import torch
+import transformers
 from safetensors import SafetensorError, safe_open
 from transformers import TrainingArguments
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
@@ -43,6 +47,8 @@ REPLACED_FLAGS = {
     "--encoder_name_or_path": "join the two by tools/join_models.py and give its folder as --model_name_or_path",
     "--decoder_name_or_path": "join the two by tools/join_models.py and give its folder as --model_name_or_path",
     "--lora_rank": "use --lora_r",
+    "--no_packing": "use --packing false",
+    "--resize_position_embeddings": "give a --max_source_length within the model's positions",
     "--train_on_prompt": "use --assistant_only_loss false",
 }
 
@@ -402,11 +408,26 @@ def start_ranks(args: argparse.Namespace) -> None:
             print(f"No accelerator in use: running on the CPU (--use_cpu), {threads} threads a process.", flush=True)
 
 
+def set_up_logging(training_args) -> None:
+    """Log at the level the arguments ask for; ranks other than the first only warn."""
+    logging.basicConfig(
+        format="%(asctime)s - %(levelname)s - %(name)s - %(message)s",
+        datefmt="%m/%d/%Y %H:%M:%S",
+        handlers=[logging.StreamHandler(sys.stdout)],
+    )
+    datasets.utils.logging.set_verbosity(logging.WARNING)
+    transformers.utils.logging.set_verbosity(training_args.get_process_log_level())
+    # DeepSpeed 0.19 calls torch 2.13 by names it has renamed: thousands of lines in a short run under ZeRO.
+    warnings.filterwarnings("ignore", "`torch.distributed.* is deprecated", FutureWarning)
+
+
 # ------------------------------------------------------------------------------------------------ checkpoints
 
 
 def find_checkpoint(training_args) -> str | None:
     """The checkpoint to go on from: the one named, else the newest complete one in the output folder, else None."""
+    if not training_args.do_train:
+        return None
     named = training_args.resume_from_checkpoint
     if named is not None and named.lower() not in ("true", "false"):
         missing = explain_incomplete(named)
