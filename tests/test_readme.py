@@ -1,15 +1,19 @@
 # Copyright 2026 The plaintune authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
-"""What the README says holds: its commands parse, its files and make targets exist."""
+"""What README.md and docs/ say holds: their commands parse, and are those of make; what they name exists."""
 
+import importlib
+import json
 import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from transformers import HfArgumentParser
 
 import dataset_size
+import guards
 import init_model
 import measure_dataset
 import plan_run
@@ -17,117 +21,316 @@ import prepare_reviews
 import run_clm_instruct
 import run_generation
 import run_summarization
-import spark_dataset
 from conftest import ROOT
 
-sys.path.insert(0, str(ROOT / "launchers"))
-import spark_generate  # noqa: E402
-import spark_train  # noqa: E402
+sys.path[:0] = [str(ROOT / "launchers"), str(ROOT / "benchmarks")]
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = [line for block in re.findall(r"```\n(.*?)```", README, re.S) for line in block.splitlines()]
+PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+TEXTS = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
 
 
-ARGUMENTS = {
-    "run_summarization.py": run_summarization.SUMMARIZATION_ARGUMENTS,
-    "run_clm_instruct.py": run_clm_instruct.INSTRUCT_ARGUMENTS,
+def find_blocks(text: str, language: str = "") -> list[list[str]]:
+    """The lines of every code block of a language, those that end in a backslash joined; of none: commands."""
+    parts = re.split(r"^```(\w*)\n", text, flags=re.M)  # text, language, block, "", text, language, ...
+    blocks = [block for name, block in zip(parts[1::4], parts[2::4], strict=True) if name == language]
+    return [block.replace("\\\n", " ").splitlines() for block in blocks]
+
+
+BLOCKS = [block for text in TEXTS.values() for block in find_blocks(text)]
+COMMANDS = [command for block in BLOCKS for command in block]
+
+
+def find_words(script: str) -> list[list[str]]:
+    """What stands after a script, in each command with it."""
+    split = [shlex.split(command) for command in COMMANDS]
+    paths = [next((word for word in words if Path(word).name == script), None) for words in split]
+    return [words[words.index(path) + 1 :] for words, path in zip(split, paths, strict=True) if path]
+
+
+# ------------------------------------------------------------------------------------------------ size
+
+
+def test_the_readme_is_one_page():
+    text = TEXTS["README.md"]
+    assert len(text.splitlines()) <= 180 and len(text.split()) <= 1700
+
+
+def test_every_page_of_docs_is_linked_in_the_readme():
+    linked = set(re.findall(r"\]\((docs/\w+\.md)\)", TEXTS["README.md"]))
+    assert linked == set(PAGES) - {"README.md"}
+
+
+# ------------------------------------------------------------------------------------------------ commands
+
+# Checked below, one test each.
+SCRIPTS = {"run_summarization.py", "run_clm_instruct.py", "run_generation.py"}
+LAUNCHERS = {"spark_train.py", "spark_generate.py", "ray_train.py", "ray_generate.py", "mlflow_model.py"}
+TOOLS = {path.name for folder in ("tools", "data_prep") for path in (ROOT / folder).glob("*.py")}
+BENCHMARKS = {path.name for path in (ROOT / "benchmarks").glob("*.py")}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_starts_something_that_is_there_and_tested(command):
+    words = shlex.split(command)
+    scripts = [word for word in words if word.endswith(".py")]
+    if words[0] in ("python", "deepspeed", "torchrun"):
+        assert scripts and all((ROOT / script).is_file() for script in scripts)
+        assert {Path(script).name for script in scripts} <= SCRIPTS | LAUNCHERS | TOOLS | BENCHMARKS
+    else:
+        assert words[0] in ("make", "curl") or words[:3] == ["pip", "install", "-r"] and (ROOT / words[3]).is_file()
+
+
+TRAINING = {
+    "run_summarization.py": (run_summarization, run_summarization.SUMMARIZATION_ARGUMENTS),
+    "run_clm_instruct.py": (run_clm_instruct, run_clm_instruct.INSTRUCT_ARGUMENTS),
 }
-TRAINING = [(name, c) for c in COMMANDS for name in ARGUMENTS if f"{name} --" in c]
 
 
-@pytest.mark.parametrize("name, command", TRAINING)
-def test_every_training_command_parses_and_its_config_exists(name, command):
-    words = shlex.split(command)
-    namespace = HfArgumentParser(ARGUMENTS[name]).parse_args(words[words.index(name) + 1 :])
-    assert (words[0] == "deepspeed") == (namespace.deepspeed is not None) or "launchers/" in command
-    assert run_summarization.find_deepspeed_problems(namespace) == []
+@pytest.mark.parametrize("name, words", [(name, words) for name in TRAINING for words in find_words(name)])
+def test_every_training_command_parses_and_its_config_agrees(name, words):
+    script, classes = TRAINING[name]
+    args = HfArgumentParser(classes).parse_args(guards.read_arguments(HfArgumentParser(classes), words))
+    assert guards.find_deepspeed_problems(args) == []
+    assert script.find_companion_problems(args) == []
     if name == "run_clm_instruct.py":
-        assert run_clm_instruct.find_template_problems(namespace) == []
+        assert run_clm_instruct.find_template_problems(args) == []
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if "run_generation.py --" in c])
-def test_every_generation_command_parses_and_its_decoding_flags_agree(command):
-    words = shlex.split(command)
-    namespace = run_generation.make_parser().parse_args(words[words.index("run_generation.py") + 1 :])
+@pytest.mark.parametrize("words", find_words("run_generation.py") + find_words("spark_generate.py"))
+def test_every_generation_command_parses_and_its_decoding_flags_agree(words):
+    args, _ = run_generation.make_parser().parse_known_args(words)
     names = {name for cls in run_generation.GENERATION_ARGUMENTS for name in cls.__dataclass_fields__}
-    decoding = {name: value for name, value in vars(namespace).items() if name not in names}
+    decoding = {name: value for name, value in vars(args).items() if name not in names}
     assert run_generation.find_decoding_problems(decoding) == []
-    assert run_generation.find_zero3_problems(namespace.deepspeed) == []
-    assert (words[0] == "deepspeed") == (namespace.deepspeed is not None)
+    assert run_generation.find_zero3_problems(args.deepspeed) == []
 
 
-def words_after(script: str) -> list[str]:
-    """What stands after a script in the README's one command with it."""
-    (command,) = [c for c in COMMANDS if f"{script} --" in c]
-    return shlex.split(command.partition(f"{script} ")[2])
+@pytest.mark.parametrize("command", [c for c in COMMANDS if any(f"{name} " in c for name in SCRIPTS)])
+def test_a_deepspeed_file_is_given_to_deepspeed_or_a_launcher(command):
+    words = shlex.split(command)
+    assert "launchers/" in command or ("--deepspeed" in words) == (words[0] == "deepspeed")
+    assert "launchers/" in command or (words[0] == "python" or "run_" in next(w for w in words if w.endswith(".py")))
 
 
-def test_the_commands_on_spark_parse():
-    for words in [shlex.split(c.partition("spark_train.py")[2]) for c in COMMANDS if "spark_train.py" in c]:
-        args = spark_train.parse_launch_arguments(words)
-        assert args.script == "run_summarization.py" and args.script_args[0].startswith("--")
-    _, flags = spark_generate.parse_spark_arguments(words_after("spark_generate.py"))
-    assert "--num_beams" in flags
-    assert spark_dataset.parse_args(words_after("spark_dataset.py")).output_file == "data/train.parquet"
-    assert prepare_reviews.parse_args(words_after("prepare_reviews.py")).engine == "spark"
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("deepspeed ")])
+def test_what_stands_before_the_script_is_the_runner_s_of_deepspeed(command):
+    from deepspeed.launcher import runner
+
+    args = runner.parse_args(shlex.split(command)[1:])
+    assert args.user_script in SCRIPTS and args.num_gpus == -1
+    if "--hostfile" in command:
+        assert (ROOT / args.hostfile).is_file()
+        assert args.node_rank < len(runner.fetch_hostfile(str(ROOT / args.hostfile)))
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if "plan_run.py --" in c])
-def test_every_planning_command_parses(command):
-    args = plan_run.parse_args(shlex.split(command.partition("plan_run.py ")[2]))
-    assert args.model in init_model.T5_PRESETS | init_model.LLAMA_PRESETS
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("torchrun ")])
+def test_what_stands_before_the_script_is_torchrun_s(command):
+    from torch.distributed.run import parse_args
+
+    assert parse_args(shlex.split(command)[1:]).training_script in SCRIPTS
 
 
-MEASURING = {"dataset_size.py": dataset_size, "measure_dataset.py": measure_dataset}
+@pytest.mark.parametrize("words", find_words("spark_train.py"))
+def test_every_training_command_on_spark_parses(words):
+    args = importlib.import_module("spark_train").parse_launch_arguments(words)
+    assert args.script == "run_summarization.py" and args.script_args[0].startswith("--")
 
 
-@pytest.mark.parametrize("name, command", [(name, c) for c in COMMANDS for name in MEASURING if f"{name} --" in c])
-def test_every_command_that_looks_at_data_parses(name, command):
-    words = shlex.split(command.partition(f"{name} ")[2])
-    args = MEASURING[name].parse_args(words)
-    if name == "measure_dataset.py":
+@pytest.mark.parametrize("words", find_words("spark_generate.py"))
+def test_every_generation_command_on_spark_parses(words):
+    _, rest = importlib.import_module("spark_generate").parse_spark_arguments(words)
+    run_generation.make_parser().parse_args(rest)
+    assert "--num_beams" in rest
+
+
+@pytest.mark.parametrize("name", ["ray_train", "ray_generate"])
+def test_every_command_on_ray_parses(name):
+    pytest.importorskip("ray")
+    for words in find_words(f"{name}.py"):
+        args = importlib.import_module(name).parse_launcher_arguments(words)
+        assert args.script in SCRIPTS and args.arguments
+
+
+def test_the_commands_on_spark_and_ray_are_there():
+    counts = {name: len(find_words(name)) for name in LAUNCHERS}
+    assert all(counts.values()) and counts["spark_train.py"] == 2
+    assert any(prepare_reviews.parse_args(words).engine == "spark" for words in find_words("prepare_reviews.py"))
+
+
+@pytest.mark.parametrize("name, words", [(name, words) for name in sorted(TOOLS) for words in find_words(name)])
+def test_every_tool_s_command_parses(name, words):
+    args = importlib.import_module(Path(name).stem).parse_args(words)
+    for flag in ("input_file", "train_file", "input_table"):  # no path of one's own machine
+        assert not str(getattr(args, flag, None)).startswith("/")
+
+
+def test_the_command_that_logs_a_model_parses(monkeypatch):
+    module = importlib.import_module("mlflow_model")
+    monkeypatch.setattr(module, "find_problems", lambda args: [])  # there is no model here, perhaps no mlflow
+    (words,) = find_words("mlflow_model.py")
+    assert module.parse_args(words).name == "summarizer"
+
+
+@pytest.mark.parametrize("name, words", [(name, words) for name in sorted(BENCHMARKS) for words in find_words(name)])
+def test_every_benchmark_s_command_parses(name, words, monkeypatch):
+    module = importlib.import_module(Path(name).stem)
+    if name == "start_up.py":  # a script and its arguments
+        assert words[0] in SCRIPTS and (ROOT / words[0]).is_file()
+    elif hasattr(module, "parse_arguments"):
+        monkeypatch.setattr(sys, "argv", [name, *words])
+        module.parse_arguments()
+    else:
+        known = set(re.findall(r'"(--\w+)"', (ROOT / "benchmarks" / name).read_text(encoding="utf-8")))
+        assert {word for word in words if word.startswith("--")} <= known
+
+
+@pytest.mark.parametrize("words", find_words("plan_run.py"))
+def test_every_planning_command_names_a_preset(words):
+    assert plan_run.parse_args(words).model in init_model.T5_PRESETS | init_model.LLAMA_PRESETS
+
+
+def test_the_pages_show_how_to_look_at_data():
+    assert len(find_words("dataset_size.py")) == len(find_words("measure_dataset.py")) == 2
+    for words in find_words("measure_dataset.py"):
+        args = measure_dataset.parse_args(words)
         assert measure_dataset.check_args(args) == []
         assert args.train_file.startswith("data/") and args.output_dir.startswith("reports/")
+    assert all(dataset_size.parse_args(words) for words in find_words("dataset_size.py"))
 
 
-def test_the_readme_shows_how_to_look_at_data():
-    counts = {name: sum(f"{name} --" in c for c in COMMANDS) for name in MEASURING}
-    assert counts["dataset_size.py"] == counts["measure_dataset.py"] == 2
+def test_the_model_from_scratch_has_a_known_shape():
+    (words,) = find_words("init_model.py")
+    assert init_model.parse_args(words).preset == "t5-small"
+
+
+def test_the_request_to_a_served_model_is_one():
+    (command,) = [c for c in COMMANDS if c.startswith("curl ")]
+    words = shlex.split(command)
+    request = json.loads(words[words.index("-d") + 1])
+    assert request["dataframe_records"] == [{"text": "The lens is great."}]
+    assert request["params"].keys() <= importlib.import_module("mlflow_model").PARAMS.keys()
+    (port,) = re.findall(r"^PORT \?= (\d+)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
+    assert f"http://127.0.0.1:{port}/invocations" in words
+
+
+# ------------------------------------------------------------------------------------------------ make
+
+
+def dry_run(command: str) -> list[list[str]]:
+    """
+    The commands that a make target runs, as words, as if the environment were there and active.
+
+    `.venv/bin/python` counts as `python`, and what puts the environment in front of PATH is left out.
+    """
+    installed = [word for name in (".core", ".dev", ".launchers") for word in ("-o", f".venv/{name}")]
+    make = ["make", "-n", *installed, "VENV=.venv", "PYTHON=python", *shlex.split(command)[1:]]
+    done = subprocess.run(make, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.replace("\\\n", " ").replace(".venv/bin/python ", "python ").splitlines()
+    return [shlex.split(re.sub(r'^PATH="[^"]*" ', "", line)) for line in lines]
+
+
+MADE = sorted({command for command in COMMANDS if command.startswith("make ")})
+# A target, and the commands that stand below it in its block.
+SHOWN = [
+    (target, [shlex.split(command) for command in rest.splitlines()])
+    for block in BLOCKS
+    for target, rest in re.findall(r"^(make .*)\n((?:(?!make ).+\n)+)", "\n".join(block) + "\n", re.M)
+]
+
+
+@pytest.mark.parametrize("command", MADE)
+def test_every_make_target_named_exists(command):
+    assert dry_run(command)
+
+
+def test_every_target_of_a_recipe_is_shown_with_its_command():
+    named = {target.split()[1] for target, _ in SHOWN}
+    ladder = {"train-t5-small", "train-t5-large", "train-t5-11b", "train-llama2-7b", "train-llama3-8b"}
+    assert ladder | {"prep-reviews", "prep-instruct", "generate", "summarize-products", "copy", "bench-gpu"} <= named
+    assert {"make demo", "make test"} <= set(MADE)
+
+
+@pytest.mark.parametrize("target, commands", SHOWN)
+def test_a_make_target_runs_the_command_that_stands_below_it(target, commands):
+    assert dry_run(target) == commands
+
+
+def test_every_target_is_phony_on_a_line_of_its_group():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    phony = [line.split()[1:] for line in re.findall(r"^\.PHONY: .*$", makefile, re.M)]
+    targets = re.findall(r"^([a-z][a-z0-9-]*):", makefile, re.M)
+    assert len(phony) > 1 and sorted(sum(phony, [])) == sorted(targets)
+
+
+# ------------------------------------------------------------------------------------------------ names in the text
+
+
+def find_known_flags() -> set[str]:
+    """Every flag of a script, a tool, a launcher, a benchmark, and of the two runners."""
+    parsers = [HfArgumentParser(classes) for _, classes in TRAINING.values()] + [run_generation.make_parser()]
+    known = {flag for parser in parsers for action in parser._actions for flag in action.option_strings}
+    for folder in ("tools", "data_prep", "launchers", "benchmarks"):
+        for path in (ROOT / folder).glob("*.py"):
+            known |= set(re.findall(r'"(--\w+)"', path.read_text(encoding="utf-8")))
+    return known | {"--hostfile", "--master_addr", "--no_ssh", "--node_rank", "--master_port"}
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_every_flag_named_is_one(page):
+    spans = re.findall(r"`([^`\n]+)`", "".join(re.split(r"^```\w*\n", TEXTS[page], flags=re.M)[::2]))
+    flags = {flag for span in spans for flag in re.findall(r"(?<![\w-])--[a-z]\w*", span)}
+    assert flags <= find_known_flags()
 
 
 def test_every_decoding_flag_named_is_one():
-    flags = re.findall(r"`--([a-z_]+)[^`]*`", README.split("- **Decoding**")[1].split("- **Batches**")[0])
+    (paragraph,) = re.findall(r"^- \*\*Decoding\*\*(.*?)^- ", TEXTS["docs/generation.md"], re.S | re.M)
+    flags = re.findall(r"`--([a-z_]+)[^`]*`", paragraph)
     known = {action.dest for action in run_generation.make_parser()._actions}
     assert len(flags) >= 6 and set(flags) <= known
 
 
-def test_every_make_target_named_exists():
-    targets = {c.split()[1] for c in COMMANDS if c.startswith("make ")}
-    assert {"demo", "test", "prep-reviews", "train-t5-small", "train-t5-large", "train-t5-11b"} <= targets
-    for target in targets:
-        done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+@pytest.mark.parametrize("name", TRAINING)
+def test_the_defaults_named_are_those_of_the_script(name):
+    page = {"run_summarization.py": "docs/summarization.md", "run_clm_instruct.py": "docs/instruct.md"}[name]
+    parser = HfArgumentParser(TRAINING[name][1])
+    named = re.findall(r"^\| `--(\w+)` \| (\w+) \|", TEXTS[page], re.M)
+    defaults = {"none": "None", "off": "False"}
+    for flag, default in named:
+        assert str(parser.get_default(flag)) == defaults.get(default, default), flag
+    assert named
 
 
-def test_the_make_targets_run_the_commands_that_stand_below_them():
-    for name in ("t5-small", "t5-large", "t5-11b", "llama2-7b", "llama3-8b"):
-        made = subprocess.run(["make", "-n", f"train-{name}"], cwd=ROOT, capture_output=True, text=True).stdout
-        made = made.replace("\\\n", " ")
-        stated = next(c for c in COMMANDS if f"--output_dir out/{name} " in c)
-        flags = "deepspeed|optim|per_device_train_batch_size|num_train_epochs|output_dir|model_name_or_path|lora_rank"
-        flags += "|prompt_template|max_seq_length|learning_rate"
-        for pair in re.findall(rf"--(?:{flags}) \S+", stated):
-            assert pair in made, (name, pair)
+FOLDERS = "ds_configs|launchers|data_prep|tools|docs|benchmarks|tests"
 
 
-def test_every_file_named_exists():
-    for path in re.findall(r"(?:ds_configs|launchers|data_prep)/\w+\.\w+", README):
+@pytest.mark.parametrize("page", [*TEXTS, "RESULTS.md"])
+def test_every_file_named_exists(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for path in re.findall(rf"\b(?:{FOLDERS})/\w+\.\w+", TEXTS.get(page, "")):  # results name files of their day
         assert (ROOT / path).is_file(), path
-    block = README.split("## Files")[1]
-    for line in re.findall(r"```\n(.*?)```", block, re.S)[0].splitlines():
-        assert (ROOT / line.split()[0]).exists(), line
+    for link in re.findall(r"\]\(([^)]+)\)", text):
+        path, _, anchor = link.partition("#")
+        target = (ROOT / page).parent / path if path else ROOT / page
+        assert target.is_file(), link
+        titles = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.M) if anchor else []
+        assert not anchor or anchor in [re.sub(r"[^\w -]", "", t).lower().replace(" ", "-") for t in titles], link
 
 
-def test_the_init_model_command_parses():
-    command = next(c for c in COMMANDS if "init_model.py" in c)
-    assert "--preset t5-small" in command and "t5-small" in str(init_model.__dict__)
+def test_every_file_of_the_list_exists_and_every_script_is_in_it():
+    (lines,) = find_blocks(TEXTS["docs/files.md"], "text")
+    named = {line.split()[0] for line in lines}
+    for name in named:
+        assert (ROOT / name).exists(), name
+    for pattern in ("*.py", "data_prep/*.py", "tools/*.py"):
+        assert {path.relative_to(ROOT).as_posix() for path in ROOT.glob(pattern)} <= named
+
+
+# ------------------------------------------------------------------------------------------------ results
+
+
+def test_results_are_dated_sections_without_crowded_tables():
+    text = (ROOT / "RESULTS.md").read_text(encoding="utf-8")
+    titles = [title for title in re.findall(r"^## (.*)$", text, re.M) if title != "Contents"]
+    assert len(titles) > 20 and all(re.match(r"2\d{3}-\d\d-\d\d: \w", title) for title in titles)
+    assert all(len(cell) <= 120 for line in text.splitlines() if line.startswith("|") for cell in line.split("|"))
