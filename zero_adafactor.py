@@ -7,6 +7,7 @@
 Adafactor that stays Adafactor under DeepSpeed's ZeRO, and that trains pure bf16 weights.
 
     optimizer = ZeroAdafactor(model.parameters(), lr=1e-3, scale_parameter=False, relative_step=False)
+    trainer = Trainer(model, training_args, optimizer_cls_and_kwargs=choose(training_args))
 
 A drop-in for transformers.Adafactor: same constructor, same defaults, same update (Shazeer and Stern 2018,
 https://arxiv.org/abs/1804.04235, algorithm 4). ZeRO hands an optimizer flat 1-D partitions; the stock Adafactor then
@@ -18,14 +19,21 @@ parameter group (stage 3: sub-group). Its state belongs to parameters, not to pa
 Stages 0 to 3, CPU offload; not NVMe offload of the optimizer. Tested with deepspeed 0.19.8.
 """
 
-import glob
+import argparse
 import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from transformers import Adafactor
+from transformers.integrations.deepspeed import deepspeed_load_checkpoint
+
+try:
+    from guards import UsageError
+except ModuleNotFoundError:
+    UsageError = ValueError
 
 # Elements worked on at once: 16 MB of fp32. Small enough for a CPU's cache, large enough to fill a GPU.
 CHUNK = 1 << 22
@@ -48,21 +56,10 @@ class Fragment:
     grad: torch.Tensor
     owned: bool
 
-    @property
-    def factored(self) -> bool:
-        return len(self.shape) > 1
-
-    @property
-    def width(self) -> int:
-        return self.shape[-1] if self.factored else 1
-
-    @property
-    def height(self) -> int:
-        return self.shape[-2] if self.factored else self.numel
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
+    def __post_init__(self):
+        self.factored, self.numel = len(self.shape) > 1, math.prod(self.shape)
+        self.width = self.shape[-1] if self.factored else 1
+        self.height = self.shape[-2] if self.factored else self.numel
 
     def blocks(self) -> Iterator[tuple[slice, slice, slice]]:
         """
@@ -143,7 +140,9 @@ class ZeroAdafactor(Adafactor):
 
     Further arguments: stochastic_rounding, write bf16 parameters back with stochastic rounding (an update of fp32,
     a chunk at a time, without fp32 copies of the weights); seed, of that rounding, which depends on nothing but seed,
-    parameter and step, so that every rank rounds alike and a resumed run goes on as it would have.
+    parameter and step, so that every rank rounds alike and a resumed run goes on as it would have; step_in_backward,
+    step each parameter inside the backward pass and free its gradient, near 2 bytes a parameter in all. It excludes
+    what needs all gradients or several passes: clipping by a global norm, accumulation, several processes, ZeRO.
 
     State of a parameter, always for the whole of it and equal on all ranks: step; exp_avg_sq_row (shape[:-1]) and
     exp_avg_sq_col (shape[:-2] + shape[-1:]), or exp_avg_sq (shape) below two dimensions, in fp32; RMS, of the weights
@@ -151,11 +150,15 @@ class ZeroAdafactor(Adafactor):
     weights: of this rank's fragment only.
     """
 
-    def __init__(self, params, *args, stochastic_rounding: bool = True, seed: int = 0, **kwargs):
+    def __init__(self, params, *args, stochastic_rounding=True, seed=0, step_in_backward=False, **kwargs):
         self._members: list[list[torch.nn.Parameter]] = []  # a group's parameters as the model holds them
         self._index: dict[torch.nn.Parameter, int] = {}
         self.stochastic_rounding, self.seed = stochastic_rounding, seed
         super().__init__(params, *args, **kwargs)
+        for group in self.param_groups if step_in_backward else ():
+            for parameter in group["params"]:
+                if parameter.requires_grad:
+                    parameter.register_post_accumulate_grad_hook(lambda p, group=group: self._step_one(p, group))
 
     def add_param_group(self, param_group: dict) -> None:
         super().add_param_group(param_group)
@@ -172,35 +175,21 @@ class ZeroAdafactor(Adafactor):
 
         Raises RuntimeError under NVMe offload of the optimizer and under wrappers other than DeepSpeed's.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
         for group in self.param_groups:
             for fragments, process_group in self._fragments(group):
                 self._update(group, fragments, process_group)
         return loss
 
-    def step_in_backward(self) -> None:
-        """
-        From now on step each parameter inside the backward pass and free its gradient: near 2 bytes a parameter.
-
-        step() then has nothing left to do. Excludes what needs all gradients together or more than one backward
-        pass: gradient clipping by a global norm, gradient accumulation, several processes, ZeRO.
-        """
-
-        def step_one(parameter: torch.nn.Parameter, group: dict) -> None:
-            if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-                raise RuntimeError("step_in_backward: the gradients of several processes are not summed by then")
-            with torch.no_grad():
-                for fragment in self._plain_fragment(parameter, parameter):
-                    self._update(group, [fragment], None)
-            parameter.grad = None
-
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.requires_grad:
-                    parameter.register_post_accumulate_grad_hook(lambda p, group=group: step_one(p, group))
+    @torch.no_grad()
+    def _step_one(self, parameter: torch.nn.Parameter, group: dict) -> None:
+        """The step of one parameter inside the backward pass; its gradient is freed."""
+        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            raise RuntimeError("step_in_backward: the gradients of several processes are not summed by then")
+        for fragment in self._plain_fragment(parameter, parameter):
+            self._update(group, [fragment], None)
+        parameter.grad = None
 
     def _update(self, group: dict, fragments: list[Fragment], process_group) -> None:
         """Adafactor's update of these fragments; all ranks of the process group come with the same parameters."""
@@ -259,8 +248,7 @@ class ZeroAdafactor(Adafactor):
         state["step"] += 1
         if group["scale_parameter"]:
             state["RMS"] = (weight_square[0] / fragment.numel).sqrt()
-        beta2 = 1.0 - math.pow(state["step"], group["decay_rate"])
-        eps = group["eps"][0]
+        beta2, eps = 1.0 - math.pow(state["step"], group["decay_rate"]), group["eps"][0]
         if not fragment.factored:
             moment = state["exp_avg_sq"]
             moment.mul_(beta2).add_(row_sums.view(fragment.shape).add_(eps), alpha=1.0 - beta2)
@@ -297,17 +285,14 @@ class ZeroAdafactor(Adafactor):
 
     def _fragments(self, group: dict) -> Iterator[tuple[list[Fragment], object]]:
         """Yield (fragments, process group that shares their parameters) for all the group's tensors."""
-        members = self._members[group["members"]]
-        tensors = group["params"]
+        members, tensors = self._members[group["members"]], group["params"]
         partitioned = [p for p in members if hasattr(p, "_z3_optimizer") or hasattr(p, "_hp_mapping")]
         if not tensors:  # stage 3 hands over one sub-group at a time
             return
         if tensors[0] is members[0] or not partitioned:
             # The parameters themselves, or their fp32 copies one by one (DeepSpeed's stage 0 in fp16).
             if [t.shape for t in tensors] != [p.shape for p in members]:
-                raise RuntimeError(
-                    "ZeroAdafactor: these parameters were flattened by a wrapper other than DeepSpeed's"
-                )
+                raise RuntimeError("ZeroAdafactor: a wrapper other than DeepSpeed's flattened these parameters")
             for tensor, parameter in zip(tensors, members, strict=True):
                 for fragment in self._plain_fragment(tensor, parameter):
                     yield [fragment], None
@@ -355,8 +340,8 @@ class ZeroAdafactor(Adafactor):
             start = torch.distributed.get_rank(process_group) * size
             numel = max(0, min(size, parameter.ds_numel - start))
             views = (part.detach().narrow(0, offset, numel) for part in (flat, flat.grad))
-            shape = tuple(parameter.ds_shape)
-            fragments.append(Fragment(parameter, shape, min(start, parameter.ds_numel), *views, True))
+            first = min(start, parameter.ds_numel)
+            fragments.append(Fragment(parameter, tuple(parameter.ds_shape), first, *views, True))
             offset += size
         return fragments, process_group
 
@@ -388,6 +373,84 @@ class ZeroAdafactor(Adafactor):
             self.state[parameter] = {k: v.float().clone() if torch.is_tensor(v) else v for k, v in state.items()}
 
 
+# ------------------------------------------------------------------------------------------- in a Trainer's run
+
+
+def find_problems(args: argparse.Namespace) -> list[str]:
+    """What --pure_bf16 and `--optim_args step_in_backward=true` exclude. args: flags of script and Trainer."""
+    in_backward, ranks = steps_in_backward(args.optim_args), int(os.environ.get("WORLD_SIZE", 1))
+    if not (args.pure_bf16 or in_backward):
+        return []
+    steps, norm = args.gradient_accumulation_steps, args.max_grad_norm
+    excluded = [
+        (args.optim != "adafactor", f"only --optim adafactor rounds and steps so, not --optim {args.optim}"),
+        (args.deepspeed, "not under --deepspeed, which keeps fp32 weights; use torchrun or one process"),
+        (args.fp16, "not with --fp16; leave it out"),
+        (
+            in_backward and steps > 1,
+            f"--gradient_accumulation_steps {steps} needs the gradients of several passes; use a larger "
+            "--per_device_train_batch_size or leave one out",
+        ),
+        (
+            in_backward and norm > 0,
+            f"--max_grad_norm {norm} needs all gradients at once; give 0: Adafactor clips itself",
+        ),
+        (in_backward and ranks > 1, "works in one process only; start it with `python`"),
+    ]
+    flag = "--optim_args step_in_backward" if in_backward else "--pure_bf16"
+    return [f"{flag}: {said}" for wrong, said in excluded if wrong]
+
+
+def steps_in_backward(optim_args: str | None) -> bool:
+    return "step_in_backward=true" in (optim_args or "").lower().replace(" ", "")
+
+
+def choose(training_args) -> tuple[type, dict] | None:
+    """Trainer's optimizer_cls_and_kwargs (5.23's Seq2SeqTrainer has the attribute only), or None for the stock one."""
+    from transformers import trainer
+
+    if training_args.deepspeed:  # no argument of the Trainer says how it loads a checkpoint (5.23)
+        trainer.deepspeed_load_checkpoint = load_deepspeed_checkpoint
+    if training_args.optim != "adafactor":
+        return None
+    kwargs = trainer.Trainer.get_optimizer_cls_and_kwargs(training_args)[1]
+    return ZeroAdafactor, {**kwargs, "step_in_backward": steps_in_backward(training_args.optim_args)}
+
+
+def describe(training_args, model) -> str:
+    """The optimizer in a line."""
+    if training_args.optim != "adafactor":
+        return f"optimizer: {training_args.optim.value}"
+    rounded = ", bf16 weights rounded stochastically" if model.dtype == torch.bfloat16 else ""
+    return f"optimizer: ZeroAdafactor of zero_adafactor.py: factored and the same on any number of ranks{rounded}"
+
+
+def load_deepspeed_checkpoint(engine, checkpoint_path: str, load_module_strict: bool = True) -> None:
+    """
+    In the place of the trainer's function of that use: also loads what other ranks or another ZeRO stage saved.
+
+    Raises UsageError where the optimizer is not ZeroAdafactor, whose state alone can follow.
+    """
+    ranks = len(find_saved(checkpoint_path, "_optim_states.pt"))
+    partitioned = "zero_pp_rank" in find_saved(checkpoint_path, "_model_states.pt")[0].name
+    if (ranks, partitioned) == (engine.dp_world_size, engine.zero_optimization_stage() == 3):
+        return deepspeed_load_checkpoint(engine, checkpoint_path, load_module_strict)
+    if not isinstance(engine.basic_optimizer, ZeroAdafactor):
+        raise UsageError(
+            f"{checkpoint_path} was saved on {ranks} processes at ZeRO stage {'3' if partitioned else '1 or 2'}: go "
+            "on like that, or use --optim adafactor, whose checkpoints go on anywhere"
+        )
+    if engine.global_rank == 0:
+        print(f"{checkpoint_path} was saved on {ranks} processes; going on with {engine.dp_world_size}", flush=True)
+    load_zero_checkpoint(engine, checkpoint_path)
+
+
+def find_saved(folder: str, ending: str) -> list[Path]:
+    """The files of DeepSpeed's checkpoint in the folder, by rank."""
+    tag = (Path(folder) / "latest").read_text(encoding="utf-8").strip()
+    return sorted((Path(folder) / tag).glob(f"*{ending}"))
+
+
 def load_zero_checkpoint(engine, folder: str) -> None:
     """
     Load into a DeepSpeed engine a checkpoint saved with ZeroAdafactor on other ranks or at another ZeRO stage.
@@ -400,15 +463,12 @@ def load_zero_checkpoint(engine, folder: str) -> None:
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    with open(os.path.join(folder, "latest"), encoding="utf-8") as stream:
-        tag = stream.read().strip()
     # The run's own files: DeepSpeed pickles its loss scaler and addresses into them.
     options = {"map_location": "cpu", "mmap": True, "weights_only": False}
-    shards = [torch.load(p, **options) for p in sorted(glob.glob(os.path.join(folder, tag, "*_optim_states.pt")))]
-    model_file = sorted(glob.glob(os.path.join(folder, tag, "*_model_states.pt")))[0]
-    common = torch.load(model_file, **options)
+    shards = [torch.load(path, **options) for path in find_saved(folder, "_optim_states.pt")]
+    common = torch.load(find_saved(folder, "_model_states.pt")[0], **options)
 
-    weights = get_fp32_state_dict_from_zero_checkpoint(folder, tag, lazy_mode=True)
+    weights = get_fp32_state_dict_from_zero_checkpoint(folder, lazy_mode=True)
     for name, parameter in engine.module.named_parameters():
         whole = weights[name].contiguous().to(engine.device)
         with GatheredParameters([parameter], modifier_rank=0, enabled=hasattr(parameter, "ds_id")):
@@ -434,7 +494,6 @@ def merge_shards(shards: list[dict]) -> dict:
     merged = shards[0]
     for i, state in merged["state"].items():
         if "exp_avg" in state:
-            held = [shard["state"][i] for shard in shards if shard["state"][i]["exp_avg"].numel()]
-            held.sort(key=lambda part: part["exp_avg_start"])
+            held = sorted((shard["state"][i] for shard in shards), key=lambda part: part["exp_avg_start"])
             state["exp_avg"] = torch.cat([part["exp_avg"].flatten() for part in held])
     return merged

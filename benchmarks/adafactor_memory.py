@@ -50,7 +50,7 @@ def make_model(shape: str, dtype: torch.dtype = torch.float32):
         torch.set_default_dtype(torch.float32)
 
 
-def make_optimizer(name: str, parameters) -> torch.optim.Optimizer:
+def make_optimizer(name: str, parameters, **options) -> torch.optim.Optimizer:
     from transformers import Adafactor
 
     from zero_adafactor import ZeroAdafactor
@@ -58,7 +58,7 @@ def make_optimizer(name: str, parameters) -> torch.optim.Optimizer:
     if name == "AdamW":
         return torch.optim.AdamW(parameters, lr=1e-3)
     chosen = ZeroAdafactor if name.startswith("ZeroAdafactor") else Adafactor
-    return chosen(parameters, lr=1e-3, scale_parameter=False, relative_step=False)
+    return chosen(parameters, lr=1e-3, scale_parameter=False, relative_step=False, **options)
 
 
 def make_batch(step: int, rows: int, source: int, target: int, words: int) -> dict:
@@ -275,8 +275,7 @@ def fit_one(name: str, stage: int | None, args) -> None:
         with torch.device(device):
             model = make_model(args.shape, torch.bfloat16)
         model.gradient_checkpointing_enable()
-        optimizer = make_optimizer(name, model.parameters())
-        optimizer.step_in_backward()
+        optimizer = make_optimizer(name, model.parameters(), step_in_backward=True)
         count = sum(p.numel() for p in model.parameters())
         forward, backward, step = model, torch.Tensor.backward, lambda: None
     else:

@@ -1,13 +1,16 @@
 # Copyright 2026 The plaintune authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 """ZeroAdafactor against transformers.Adafactor in one process: the same weights, whoever holds which piece."""
 
+import argparse
 import copy
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import Adafactor
+from transformers import Adafactor, Trainer, TrainingArguments
 
 import adafactor_worker as worker
 import zero_adafactor
@@ -308,10 +311,158 @@ def test_pure_bf16_resumes_bit_equal(tmp_path):
 def test_stepping_in_the_backward_pass_gives_the_same_weights_and_leaves_no_gradient():
     together, inside = bf16_model(), bf16_model()
     train(ZeroAdafactor(worker.make_groups(together), **worker.STOCK), together, range(8))
-    optimizer = ZeroAdafactor(worker.make_groups(inside), **worker.STOCK)
-    optimizer.step_in_backward()
+    optimizer = ZeroAdafactor(worker.make_groups(inside), step_in_backward=True, **worker.STOCK)
     for step in range(8):
         inside(*worker.make_batch(step)).backward()
         assert all(p.grad is None for p in inside.parameters())
         optimizer.step()
     assert all(torch.equal(a, b) for a, b in zip(together.parameters(), inside.parameters(), strict=True))
+
+
+# ------------------------------------------------------------------------------------------- in a Trainer's run
+
+
+def make_training_args(folder, **flags) -> TrainingArguments:
+    return TrainingArguments(str(folder), use_cpu=True, report_to=[], **flags)
+
+
+def make_tiny_t5(**changes):
+    sizes = {"vocab_size": 30, "d_model": 8, "d_kv": 4, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+    return transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes, **changes))
+
+
+def describe_groups(optimizer) -> list[dict]:
+    """The settings of each group and how many parameters it has."""
+    groups = optimizer.param_groups
+    return [{k: len(v) if k == "params" else v for k, v in group.items() if k != "members"} for group in groups]
+
+
+def test_the_trainer_makes_the_chosen_optimizer_with_the_groups_and_settings_of_the_stock_one(tmp_path):
+    arguments = make_training_args(tmp_path, optim="adafactor", learning_rate=3e-4, weight_decay=0.1, adam_beta1=0.8)
+    model = make_tiny_t5()
+    stock = Trainer(model, arguments).create_optimizer()
+    assert type(stock) is Adafactor
+    chosen = Trainer(model, arguments, optimizer_cls_and_kwargs=zero_adafactor.choose(arguments))
+    found = chosen.create_optimizer()
+    assert type(found) is ZeroAdafactor
+    assert describe_groups(found) == describe_groups(stock)
+    assert [group["weight_decay"] for group in found.param_groups] == [0.1, 0.0]
+    for ours, theirs in zip(found.param_groups, stock.param_groups, strict=True):
+        assert all(a is b for a, b in zip(ours["params"], theirs["params"], strict=True))
+
+
+def test_another_optimizer_is_left_to_the_trainer(tmp_path):
+    arguments = make_training_args(tmp_path, optim="adamw_torch")
+    assert zero_adafactor.choose(arguments) is None
+    assert zero_adafactor.describe(arguments, make_tiny_t5()) == "optimizer: adamw_torch"
+
+
+@pytest.mark.parametrize(
+    "optim_args, inside",
+    [
+        ("step_in_backward=true", True),
+        ("step_in_backward = True", True),
+        ("step_in_backward=false", False),
+        ("", False),
+    ],
+)
+def test_the_trainer_steps_in_the_backward_pass_where_the_flag_says_so(tmp_path, optim_args, inside):
+    arguments = make_training_args(tmp_path, optim="adafactor", optim_args=optim_args)
+    model = make_tiny_t5(decoder_start_token_id=0)
+    Trainer(model, arguments, optimizer_cls_and_kwargs=zero_adafactor.choose(arguments)).create_optimizer()
+    ids = torch.tensor([[3, 4, 1]])
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert all(p.grad is None for p in model.parameters()) == inside
+
+
+def test_the_line_about_the_optimizer_says_how_bf16_weights_are_written(tmp_path):
+    arguments, model = make_training_args(tmp_path, optim="adafactor"), make_tiny_t5()
+    line = zero_adafactor.describe(arguments, model)
+    assert line.startswith("optimizer: ZeroAdafactor") and "bf16" not in line
+    assert "bf16 weights rounded stochastically" in zero_adafactor.describe(arguments, model.bfloat16())
+
+
+def find_problems(**flags) -> str:
+    given = {"pure_bf16": False, "optim": "adafactor", "optim_args": None, "deepspeed": None, "fp16": False}
+    given |= {"gradient_accumulation_steps": 1, "max_grad_norm": 1.0}
+    return "\n".join(zero_adafactor.find_problems(argparse.Namespace(**given | flags)))
+
+
+def test_pure_bf16_names_everything_it_excludes():
+    message = find_problems(pure_bf16=True, optim="adamw_torch", deepspeed="zero2.json", fp16=True)
+    for claim in ("only --optim adafactor rounds and steps so, not --optim adamw_torch", "not under --deepspeed"):
+        assert f"--pure_bf16: {claim}" in message
+    assert "--pure_bf16: not with --fp16" in message and message.count("\n") == 2
+    assert find_problems(pure_bf16=True) == ""
+
+
+def test_stepping_in_the_backward_pass_names_everything_it_excludes(monkeypatch):
+    inside = {"optim_args": "step_in_backward=true"}
+    assert find_problems(**inside, max_grad_norm=0.0) == ""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    lines = find_problems(**inside, gradient_accumulation_steps=2).split("\n")
+    claims = ("--gradient_accumulation_steps 2 needs", "--max_grad_norm 1.0 needs", "works in one process only")
+    assert len(lines) == 3
+    for line, claim in zip(lines, claims, strict=True):
+        assert line.startswith(f"--optim_args step_in_backward: {claim}")
+
+
+def test_plain_training_excludes_nothing(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert find_problems(optim="adamw_torch", deepspeed="zero3.json", fp16=True, gradient_accumulation_steps=4) == ""
+    assert find_problems(optim_args="step_in_backward=false", gradient_accumulation_steps=4) == ""
+
+
+@pytest.fixture
+def loaded(tmp_path, monkeypatch):
+    """Loads a checkpoint of two ranks, its stage given, into an engine that is given; returns by which function."""
+
+    def load(stage: int, ranks: int, new_stage: int, optimizer) -> str:
+        folder = tmp_path / str(stage)
+        (folder / "global_step5").mkdir(parents=True)
+        (folder / "latest").write_text("global_step5")
+        prefix = "zero_pp_rank_{}_" if stage == 3 else ""
+        for rank in range(2):
+            (folder / f"global_step5/zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").touch()
+            (folder / f"global_step5/{prefix.format(rank)}mp_rank_00_model_states.pt").touch()
+        called = []
+        for name in ("deepspeed_load_checkpoint", "load_zero_checkpoint"):
+            monkeypatch.setattr(zero_adafactor, name, lambda *args, name=name: called.append(name))
+        engine = SimpleNamespace(dp_world_size=ranks, global_rank=0, basic_optimizer=optimizer)
+        engine.zero_optimization_stage = lambda: new_stage
+        zero_adafactor.load_deepspeed_checkpoint(engine, str(folder))
+        return called[0]
+
+    return load
+
+
+@pytest.mark.parametrize(
+    "stage, ranks, new_stage, by",
+    [
+        (2, 2, 2, "deepspeed_load_checkpoint"),
+        (2, 2, 1, "deepspeed_load_checkpoint"),
+        (3, 2, 3, "deepspeed_load_checkpoint"),
+        (3, 2, 2, "load_zero_checkpoint"),
+        (2, 2, 3, "load_zero_checkpoint"),
+        (2, 1, 2, "load_zero_checkpoint"),
+        (3, 4, 3, "load_zero_checkpoint"),
+    ],
+)
+def test_deepspeeds_loader_is_used_on_the_same_ranks_and_stage_and_ours_elsewhere(loaded, stage, ranks, new_stage, by):
+    assert loaded(stage, ranks, new_stage, ZeroAdafactor([torch.nn.Parameter(torch.ones(2))])) == by
+
+
+def test_a_checkpoint_of_another_optimizer_goes_on_on_the_same_ranks_only(loaded):
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))])
+    with pytest.raises(zero_adafactor.UsageError, match="saved on 2 processes at ZeRO stage 3.*--optim adafactor"):
+        loaded(3, 1, 3, optimizer)
+    assert loaded(2, 2, 2, optimizer) == "deepspeed_load_checkpoint"
+
+
+def test_under_deepspeed_the_trainer_loads_checkpoints_by_this_module(monkeypatch):
+    stock = transformers.trainer.deepspeed_load_checkpoint
+    monkeypatch.setattr(transformers.trainer, "deepspeed_load_checkpoint", stock)
+    zero_adafactor.choose(SimpleNamespace(deepspeed=None, optim="adamw_torch"))
+    assert transformers.trainer.deepspeed_load_checkpoint is stock
+    zero_adafactor.choose(SimpleNamespace(deepspeed="zero3.json", optim="adamw_torch"))
+    assert transformers.trainer.deepspeed_load_checkpoint is zero_adafactor.load_deepspeed_checkpoint
