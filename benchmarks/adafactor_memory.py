@@ -275,7 +275,7 @@ def fit_one(name: str, stage: int | None, args) -> None:
         with torch.device(device):
             model = make_model(args.shape, torch.bfloat16)
         model.gradient_checkpointing_enable()
-        optimizer = make_optimizer(name, model.parameters(), step_in_backward=True)
+        make_optimizer(name, model.parameters(), step_in_backward=True)  # kept alive by its hooks on them
         count = sum(p.numel() for p in model.parameters())
         forward, backward, step = model, torch.Tensor.backward, lambda: None
     else:
