@@ -1,7 +1,7 @@
 # Copyright 2026 The plaintune authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["datasets", "huggingface_hub", "pyarrow", "tqdm"]
+# dependencies = ["datasets", "huggingface_hub", "polars>=1.0", "pyarrow", "tqdm"]
 # ///
 """Say what a dataset will download, unpack to and hold in rows, and whether the cache folder's disk has room for it.
 
@@ -36,6 +36,8 @@ import pyarrow
 import pyarrow.parquet
 from tqdm.auto import tqdm
 
+from table_files import ending, find_path_problems, nearest_folder, refuse
+
 SIZED_ENDINGS = (".csv", ".tsv", ".jsonl", ".json", ".txt", ".parquet")
 SAMPLE_ROWS = 4_000  # of a file, whose size in Arrow stands for that of all: at random, of Parquet the first
 LINES_A_STEP = 10_000  # between two looks at how far the file has been read
@@ -68,28 +70,12 @@ def check_args(args):
     if args.dataset_config_name and not args.dataset_name:
         problems.append(f"--dataset_config_name {args.dataset_config_name}: goes with --dataset_name; leave it out")
     for path in args.input_file or ():
-        if not Path(path).is_file():
-            problems.append(f"--input_file {path}: {'a folder' if Path(path).exists() else 'there is no such file'}")
-        elif ending(path) not in SIZED_ENDINGS or path.lower().endswith(".parquet.gz"):
-            problems.append(
-                f"--input_file {path}: unknown ending; known are {', '.join(SIZED_ENDINGS)} (text: also .gz)"
-            )
+        problems += find_path_problems("input_file", path, SIZED_ENDINGS)
     if args.cache_dir and not nearest_folder(Path(args.cache_dir)).is_dir():
         problems.append(
             f"--cache_dir {args.cache_dir}: {nearest_folder(Path(args.cache_dir))} is a file, not a folder"
         )
     return problems
-
-
-def nearest_folder(path):
-    """Return the path itself if it exists, else the nearest of its parents that does."""
-    return next((parent for parent in (path, *path.parents) if os.path.lexists(parent)), Path("."))
-
-
-def ending(name):
-    """Return a file name's ending in lower case, a final .gz left out: 'a/Train.CSV.gz' gives '.csv'."""
-    path = Path(name.lower())
-    return path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -379,8 +365,7 @@ def main(argv=None):
         sizes, problems = size_files(paths)
         described = describe_files(sizes)
     if problems:
-        print("dataset_size.py: error:\n" + "\n".join(f"  - {p}" for p in problems), file=sys.stderr)
-        return 2
+        return refuse("dataset_size.py", problems)
 
     # 3. Room
     needs = {"download": described["download"], "unpacked": described["arrow"]}

@@ -1,7 +1,7 @@
 # Copyright 2026 The plaintune authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["polars"]
+# dependencies = ["polars>=1.0", "pyarrow"]
 # ///
 """Turn string labels into integers for text classification, with the maps that from_pretrained takes.
 
@@ -25,6 +25,8 @@ from pathlib import Path
 
 import polars
 
+from table_files import ending, find_folder_problems, find_path_problems, refuse
+
 TABLE_ENDINGS = (".csv", ".tsv", ".jsonl", ".parquet")
 
 
@@ -47,29 +49,16 @@ def check_args(args):
     problems = []
     for flag in ("input_file", "validation_file"):
         path = getattr(args, flag)
-        if path is not None and not Path(path).is_file():
-            problems.append(f"--{flag} {path}: there is no such file")
-        elif path is not None and find_ending(path) is None:
-            problems.append(
-                f"--{flag} {path}: unknown ending; known are {', '.join(TABLE_ENDINGS)}, the text ones also .gz"
-            )
-    folder = Path(args.output_dir)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        problems.append(f"--output_dir {folder}: exists and is not empty; name another folder")
+        problems += find_path_problems(flag, path, TABLE_ENDINGS) if path is not None else []
+    problems += find_folder_problems(Path(args.output_dir))
     if args.label_order and len(set(args.label_order)) < len(args.label_order):
         problems.append(f"--label_order {' '.join(args.label_order)}: names a label twice")
     return problems
 
 
-def find_ending(path):
-    """Return the known ending of a file name, without .gz, or None."""
-    name = str(path).lower().removesuffix(".gz")
-    return next((ending for ending in TABLE_ENDINGS if name.endswith(ending)), None)
-
-
 def read_table(path, column_names):
     """Return a table as a polars.DataFrame, columns of text files as text; raises ValueError if it is malformed."""
-    kind = find_ending(path)
+    kind = ending(path)
     try:
         if kind == ".parquet":
             return polars.read_parquet(path)
@@ -171,8 +160,7 @@ def main(argv=None):
             f"--input_file {args.input_file}: has {len(maps['label2id'])} labels; there must be two or more"
         )
     if problems:
-        print("".join(f"error: {problem}\n" for problem in problems), end="", file=sys.stderr)
-        return 2
+        return refuse("encode_labels.py", problems)
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     for name, table in tables.items():

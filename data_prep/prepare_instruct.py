@@ -1,7 +1,7 @@
 # Copyright 2026 The plaintune authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["polars>=1.0"]
+# dependencies = ["polars>=1.0", "pyarrow"]
 # ///
 """Turn instructions, chats or plain text into one clean pair, train.jsonl and validation.jsonl.
 
@@ -24,21 +24,30 @@ A plain text, cut at blank lines into pieces of about 4,000 characters:
 """
 
 import argparse
-import csv
-import gzip
-import hashlib
 import itertools
 import json
 import os
-import sys
 import tempfile
 import time
 import unicodedata
-import zlib
 from collections import Counter
 from pathlib import Path
 
 import polars as pl
+
+from table_files import (
+    ending,
+    find_folder_problems,
+    nearest_folder,
+    pick_share,
+    read_columns,
+    read_lines,
+    read_rows,
+    refuse,
+    say,
+    stable_hash,
+    take_sample,
+)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Constants
@@ -60,7 +69,6 @@ FORMATS = (
 OPTIONAL_FIELDS = ("context", "category")
 ROLES = {role: role for role in ("system", "user", "assistant", "tool")}
 ROLES |= {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
-KEYS_FROM_LINES = 100  # a JSON object may leave a key out, so the columns are those of the first 100 together
 HELD_ROWS = 20_000  # rows in memory at a time; the clean ones wait in a temporary file beside the output
 NAMED_PER_REASON = 5  # dropped rows that are named for each reason; all of them are counted
 # Asked for 5 %, from 2.5 to 7.5 % is near enough, and so are five rows more or less.
@@ -104,138 +112,11 @@ def check_args(args):
         problems.append(f"--sample_fraction {args.sample_fraction}: must be above 0 and at most 1 (1: all rows)")
     if not 0 < args.validation_fraction < 1:
         problems.append(f"--validation_fraction {args.validation_fraction}: must be above 0 and below 1, such as 0.05")
-    output_dir = Path(args.output_dir)
-    nearest = nearest_folder(output_dir)
-    if not nearest.is_dir():
-        problems.append(f"--output_dir {output_dir}: {nearest} is a file, not a folder; name another --output_dir")
-    elif not os.access(nearest, os.W_OK):
-        problems.append(f"--output_dir {output_dir}: {nearest} may not be written to; name another --output_dir")
-    elif nearest == output_dir and any(output_dir.iterdir()):
-        problems.append(f"--output_dir {output_dir}: not empty, nothing is overwritten; empty it or name another")
-    return problems
-
-
-def nearest_folder(path):
-    """Return the path itself if it exists, else the nearest of its parents that does."""
-    return next((parent for parent in (path, *path.parents) if os.path.lexists(parent)), Path("."))
-
-
-def give_up(problems):
-    """Print every problem and end the program with exit code 2."""
-    print("prepare_instruct.py: error:\n" + "\n".join(f"  - {p}" for p in problems), file=sys.stderr)
-    raise SystemExit(2)
+    return problems + find_folder_problems(Path(args.output_dir))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading
-
-
-def ending(name):
-    """Return a file name's ending in lower case, a final .gz left out: 'a/Train.CSV.gz' gives '.csv'."""
-    path = Path(name.lower())
-    return path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
-
-
-def read_lines(path):
-    """Yield the lines of a UTF-8 file, gzipped or not, line ends kept. ValueError names the file and the line."""
-    opener = gzip.open if str(path).lower().endswith(".gz") else open
-    number = 0
-    try:
-        with opener(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: line {number} is not UTF-8 ({error.reason}); convert the file first") from error
-    except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{path}: cannot be read after line {number} ({error})") from error
-
-
-def parse_json(text, where):
-    """Return the value of a JSON text; ValueError says where it is broken."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON ({error})") from error
-
-
-def read_tsv(path):
-    """Yield (line number, cells) of a tab-separated file, header first. No quoting: a quote is a character."""
-    for number, line in enumerate(read_lines(path), start=1):
-        line = line.rstrip("\r\n")
-        if line:
-            yield number, line.split("\t")
-
-
-def read_csv(path):
-    """Yield (number of the record's first line, cells) of a CSV file, header first; a cell may hold line ends."""
-    # A review longer than Python's 131,072 characters a field is still a review.
-    csv.field_size_limit(2**31 - 1)
-    reader = csv.reader(read_lines(path), strict=True)
-    start = 1
-    try:
-        for cells in reader:
-            if cells:
-                yield start, cells
-            start = reader.line_num + 1
-    except csv.Error as error:
-        raise ValueError(f"{path}: line {start}: the record that starts here is not CSV ({error}); mend it") from error
-
-
-def read_jsonl(path):
-    """Yield (line number, object) of a file with one JSON object a line; blank lines are skipped."""
-    for number, line in enumerate(read_lines(path), start=1):
-        if line.isspace():
-            continue
-        row = parse_json(line, f"{path}: line {number}")
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}: line {number}: not a JSON object but {type(row).__name__}; one object a line")
-        yield number, row
-
-
-def read_json(path):
-    """Yield (row number, object) of a JSON array, read whole; a .json with one object a line is read as lines.
-
-    An element that is itself a list stands for its messages.
-    """
-    first = next((line for line in read_lines(path) if not line.isspace()), "")
-    if first.lstrip().startswith("{"):
-        yield from read_jsonl(path)
-        return
-    rows = parse_json("".join(read_lines(path)), path) if first else []
-    if not isinstance(rows, list):
-        raise ValueError(f"{path}: not an array of rows but {type(rows).__name__}")
-    for number, row in enumerate(rows, start=1):
-        row = {"messages": row} if isinstance(row, list) else row
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}: row {number}: not a JSON object but {type(row).__name__}; mend it")
-        yield number, row
-
-
-def name_columns(path):
-    """Return the names of a file's columns; ValueError if it holds none or cannot be read."""
-    kind = ending(path)
-    if kind not in INPUT_ENDINGS or path.lower().endswith(".parquet.gz"):
-        known = ", ".join(INPUT_ENDINGS)
-        raise ValueError(f"--input_file {path}: unknown ending; known are {known} (the text ones also .gz)")
-    if not Path(path).is_file():
-        raise ValueError(
-            f"--input_file {path}: {'a folder; name its files' if Path(path).exists() else 'no such file'}"
-        )
-    if kind == ".parquet":
-        try:
-            columns = list(pl.read_parquet_schema(path))
-        except (pl.exceptions.PolarsError, OSError) as error:
-            raise ValueError(f"{path}: not a Parquet file ({str(error).splitlines()[0]})") from error
-    elif kind == ".txt":
-        columns = ["text"] if any(not line.isspace() for line in read_lines(path)) else []
-    elif kind in (".csv", ".tsv"):
-        columns = next(read_tsv(path) if kind == ".tsv" else read_csv(path), (1, []))[1]
-    else:
-        head = itertools.islice(read_jsonl(path) if kind == ".jsonl" else read_json(path), KEYS_FROM_LINES)
-        columns = list(dict.fromkeys(key for _, row in head for key in row))
-    if not columns:
-        raise ValueError(f"{path}: the file is empty; leave it out or get it again")
-    return columns
 
 
 def choose_layout(path, columns, args):
@@ -261,7 +142,7 @@ def choose_layouts(args):
     chosen, kinds, problems = {}, {}, []
     for path in dict.fromkeys(args.input_file):
         try:
-            columns = name_columns(path)
+            columns = read_columns("input_file", path, INPUT_ENDINGS)
             name, fields = choose_layout(path, columns, args)
         except ValueError as error:
             problems.append(str(error))
@@ -296,27 +177,13 @@ def cut_pieces(lines, chars):
 
 def read_records(path, fields, text_chars):
     """Yield (place, row) of a file; a row that could not be parsed is a string that says why."""
-    kind = ending(path)
-    if kind == ".parquet":
-        try:
-            table = pl.read_parquet(path, columns=list(fields.values()))
-        except (pl.exceptions.PolarsError, OSError) as error:
-            raise ValueError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from error
-        for number, row in enumerate(table.iter_rows(named=True), start=1):
-            yield f"{path}: row {number}", row
-    elif kind == ".txt":
-        for number, piece in cut_pieces(read_lines(path), text_chars):
-            yield f"{path}: line {number}", {"text": piece}
-    elif kind in (".csv", ".tsv"):
-        reader = read_tsv(path) if kind == ".tsv" else read_csv(path)
-        header = next(reader)[1]
-        for number, cells in reader:
-            is_whole = len(cells) == len(header)
-            fault = f"{len(cells)} fields, the header has {len(header)}"
-            yield f"{path}: line {number}", dict(zip(header, cells, strict=True)) if is_whole else fault
+    if ending(path) == ".txt":
+        rows, unit = ((number, {"text": piece}) for number, piece in cut_pieces(read_lines(path), text_chars)), "line"
     else:
-        for number, row in read_jsonl(path) if kind == ".jsonl" else read_json(path):
-            yield f"{path}: {'line' if kind == '.jsonl' else 'row'} {number}", row
+        rows = read_rows(path, fields.values())
+        unit = "row" if ending(path) in (".parquet", ".json") else "line"
+    for number, row in rows:
+        yield f"{path}: {unit} {number}", row
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -419,35 +286,6 @@ def drop_row(place, reason, detail, counts, named):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Sampling and splitting
-
-
-def stable_hash(texts, purpose, seed):
-    """Return a 64-bit hash of each text. hashlib's, since polars' own hash may change from version to version."""
-    start = hashlib.blake2b(f"{purpose} {seed}\n".encode(), digest_size=8)
-    numbers = []
-    for text in texts:
-        digest = start.copy()
-        digest.update(text.encode("utf-8"))
-        numbers.append(int.from_bytes(digest.digest(), "big"))
-    return pl.Series(numbers, dtype=pl.UInt64)
-
-
-def pick_share(hashes, share):
-    """Return a mask of about `share` of the rows: those with the lowest hashes. Equal hashes are never parted.
-
-    At least one hash is in and, where there are two or more, at least one is out.
-    """
-    groups = hashes.rename("hash").value_counts().sort("hash")
-    totals = groups["count"].cast(pl.Int64).cum_sum()
-    nearest = (totals - share * len(hashes)).abs().arg_min()
-    return hashes <= groups["hash"][min(nearest, max(groups.height - 2, 0))]
-
-
-def take_sample(table, fraction, counts):
-    """Return a share of the rows in the order of their hash: shuffled, so that the first rows are a fair sample."""
-    kept = table.filter(pick_share(table["row_hash"], fraction)) if fraction < 1 and table.height > 1 else table
-    counts["not sampled"] += table.height - kept.height
-    return kept.sort("row_hash")
 
 
 def read_and_spool(chosen, args, spool, counts, named, started):
@@ -566,11 +404,6 @@ def show_counts(counts, named):
     print("\n".join(f"{title:<40}{count:>12,}" for title, count in lines))
 
 
-def say(started, message):
-    """Print a step with the seconds since the start."""
-    print(f"[{time.perf_counter() - started:6.1f} s] {message}", flush=True)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -581,7 +414,7 @@ def main(argv=None):
     chosen, problems = choose_layouts(args)
     problems = check_args(args) + problems
     if problems:
-        give_up(problems)
+        raise SystemExit(refuse("prepare_instruct.py", problems))
 
     counts, named, output_dir = Counter(), {}, Path(args.output_dir)
     try:
@@ -605,7 +438,7 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         if counts["read"]:
             show_counts(counts, named)
-        give_up([str(error)])
+        raise SystemExit(refuse("prepare_instruct.py", [str(error)])) from None
 
     # 5. Report
     show_counts(counts, named)

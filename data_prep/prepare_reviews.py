@@ -1,7 +1,7 @@
 # Copyright 2026 The plaintune authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["polars>=1.0"]
+# dependencies = ["polars>=1.0", "pyarrow"]
 # ///
 """Turn product reviews into train.csv and validation.csv with the columns review_body, review_headline, product_id.
 
@@ -36,9 +36,6 @@ is the fastest by far: Spark takes longer to start than polars for 500,000 rows.
 
 import argparse
 import contextlib
-import csv
-import gzip
-import hashlib
 import html
 import importlib.util
 import io
@@ -50,12 +47,24 @@ import signal
 import sys
 import time
 import warnings
-import zlib
 from collections import Counter, deque
 from html.entities import html5
 from pathlib import Path
 
 import polars as pl
+
+import table_files
+from table_files import (
+    ending,
+    find_folder_problems,
+    pick_share,
+    read_columns,
+    read_rows,
+    refuse,
+    say,
+    stable_hash,
+    take_sample,
+)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Constants
@@ -71,7 +80,6 @@ LAYOUTS = (
     ("text", "title", "parent_asin"),  # Amazon Reviews 2023, https://amazon-reviews-2023.github.io
 )
 BATCH_ROWS = 100_000  # raw text held at a time; what is kept of a batch is already cleaned and cut
-KEYS_FROM_LINES = 100  # a JSON object may leave a key out, so the columns are those of the first 100 together
 # Of another engine than polars: the library, and the rows that are sent to a worker at a time.
 ENGINES = {"spark": "pyspark", "ray": "ray"}
 SENT_ROWS = 10_000
@@ -173,11 +181,17 @@ def check_engine(engine, address):
     library = ENGINES[engine]
     if importlib.util.find_spec(library) is None:
         return [f"--engine {engine}: {library} is not installed; pip install {library}, or leave --engine out"]
-    home = os.environ.get("JAVA_HOME")
-    if engine == "spark" and shutil.which(os.path.join(home, "bin", "java") if home else "java") is None:
-        where = f"in JAVA_HOME={home}" if home else "on the PATH, and JAVA_HOME is not set"
-        return [f"--engine spark: there is no java {where}; install Java 17 or later, or leave --engine out"]
+    if engine == "spark" and (problem := find_java_problem()):
+        return [f"--engine spark: {problem}; install Java 17 or later, or leave --engine out"]
     return []
+
+
+def find_java_problem():
+    """Return where Spark would look for Java in vain; None if it is there."""
+    home = os.environ.get("JAVA_HOME")
+    if shutil.which(os.path.join(home, "bin", "java") if home else "java"):
+        return None
+    return f"there is no java {f'in JAVA_HOME={home}' if home else 'on the PATH, and JAVA_HOME is not set'}"
 
 
 def name_outputs(args):
@@ -187,115 +201,14 @@ def name_outputs(args):
 
 def check_output(paths):
     """Return every reason why the two files cannot be made in their folder as a list of sentences."""
-    output_dir, problems = paths[0].parent, []
     found = [str(path) for path in paths if os.path.lexists(path)]
-    if found:
-        there = f"{' and '.join(found)} exist{'s' if len(found) == 1 else ''} already"
-        problems.append(f"--output_dir {output_dir}: {there}; remove them or name another --output_dir")
-    nearest = next((path for path in (output_dir, *output_dir.parents) if path.exists()), None)
-    if nearest and not nearest.is_dir():
-        problems.append(f"--output_dir {output_dir}: {nearest} is a file, not a folder; name another --output_dir")
-    elif nearest and not os.access(nearest, os.W_OK):
-        problems.append(f"--output_dir {output_dir}: {nearest} may not be written to; name another --output_dir")
-    return problems
-
-
-def refuse(problems):
-    """Print every problem and end the program with exit code 2."""
-    print("prepare_reviews.py: error:\n" + "\n".join(f"  - {p}" for p in problems), file=sys.stderr)
-    raise SystemExit(2)
+    there = f"{' and '.join(found)} exist{'s' if len(found) == 1 else ''} already"
+    problems = [f"--output_dir {paths[0].parent}: {there}; remove them or name another --output_dir"] if found else []
+    return problems + find_folder_problems(paths[0].parent, must_be_empty=False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading
-
-
-def ending(name):
-    """Return a file name's ending in lower case, a final .gz left out: 'a/Train.CSV.gz' gives '.csv'."""
-    path = Path(name.lower())
-    return path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
-
-
-def read_lines(path):
-    """Yield the lines of a UTF-8 file, gzipped or not, line ends kept. ValueError names the file and the line."""
-    opener = gzip.open if str(path).lower().endswith(".gz") else open
-    number = 0
-    try:
-        with opener(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: line {number} is not UTF-8 ({error.reason}); convert the file first") from error
-    except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{path}: cannot be read after line {number} ({error})") from error
-
-
-def parse_json(text, where):
-    """Return the value of a JSON text; ValueError says where it is broken."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON ({error})") from error
-
-
-def read_tsv(path):
-    """Yield (line number, cells) of a tab-separated file, header first. No quoting: a quote is a character."""
-    for number, line in enumerate(read_lines(path), start=1):
-        line = line.rstrip("\r\n")
-        if line:
-            yield number, line.split("\t")
-
-
-def read_csv(path):
-    """Yield (number of the record's first line, cells) of a CSV file, header first; a cell may hold line ends."""
-    # A review longer than Python's 131,072 characters a field is still a review.
-    csv.field_size_limit(2**31 - 1)
-    reader = csv.reader(read_lines(path), strict=True)
-    start = 1
-    try:
-        for cells in reader:
-            if cells:
-                yield start, cells
-            start = reader.line_num + 1
-    except csv.Error as error:
-        raise ValueError(f"{path}: line {start}: the record that starts here is not CSV ({error}); mend it") from error
-
-
-def read_jsonl(path):
-    """Yield (line number, object) of a file with one JSON object a line; blank lines are skipped."""
-    for number, line in enumerate(read_lines(path), start=1):
-        if line.isspace():
-            continue
-        row = parse_json(line, f"{path}: line {number}")
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}: line {number}: not a JSON object but {type(row).__name__}; one object a line")
-        yield number, row
-
-
-def read_columns(path):
-    """Return the names of a file's columns; ValueError if it holds none or cannot be read."""
-    kind = ending(path)
-    if kind not in KNOWN_ENDINGS or path.lower().endswith(".parquet.gz"):
-        known = ", ".join(KNOWN_ENDINGS)
-        raise ValueError(f"--input_file {path}: unknown ending; known are {known} (the text ones also .gz)")
-    if not Path(path).is_file():
-        raise ValueError(
-            f"--input_file {path}: {'a folder; name its files' if Path(path).exists() else 'no such file'}"
-        )
-    if kind == ".parquet":
-        try:
-            columns = list(pl.read_parquet_schema(path))
-        except (pl.exceptions.PolarsError, OSError) as error:
-            raise ValueError(f"{path}: not a Parquet file ({str(error).splitlines()[0]})") from error
-    elif kind == ".jsonl":
-        head = itertools.islice(read_jsonl(path), KEYS_FROM_LINES)
-        columns = list(dict.fromkeys(key for _, row in head for key in row))
-    else:
-        reader = read_tsv(path) if kind == ".tsv" else read_csv(path)
-        columns = next(reader, (1, []))[1]
-    if not columns:
-        raise ValueError(f"{path}: the file is empty; leave it out or get it again")
-    return columns
 
 
 def choose_columns(path, columns, asked):
@@ -322,7 +235,7 @@ def check_inputs(paths, asked):
     chosen, problems = {}, []
     for path in dict.fromkeys(paths):
         try:
-            chosen[path] = choose_columns(path, read_columns(path), asked)
+            chosen[path] = choose_columns(path, read_columns("input_file", path, KNOWN_ENDINGS), asked)
         except ValueError as error:
             problems.append(str(error))
     return chosen, problems
@@ -344,29 +257,15 @@ def find_fault(fields, names):
 
 def read_rows_of(path, names):
     """Yield (place, fields, fault) for every row of a file; fault is None, or says why fields is of no use."""
-    kind = ending(path)
-    if kind == ".parquet":
-        try:
-            table = pl.read_parquet(path, columns=names).select(pl.col(names[:2]), pl.col(names[2]).cast(pl.String))
-        except (pl.exceptions.PolarsError, OSError) as error:
-            raise ValueError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from error
-        for number, fields in enumerate(table.iter_rows(), start=1):
-            yield f"{path}: row {number}", fields, find_fault(fields, names)
-    elif kind == ".jsonl":
-        for number, row in read_jsonl(path):
+    unit = "row" if ending(path) == ".parquet" else "line"
+    for number, row in read_rows(path, names):
+        fields, fault = None, row
+        if not isinstance(row, str):
             fields = [row.get(name) for name in names]
-            if isinstance(fields[2], int):  # some shops number their products
+            if isinstance(fields[2], int | float):  # some shops number their products
                 fields[2] = str(fields[2])
-            yield f"{path}: line {number}", fields, find_fault(fields, names)
-    else:
-        reader = read_tsv(path) if kind == ".tsv" else read_csv(path)
-        header = next(reader)[1]
-        places = [header.index(name) for name in names]
-        for number, cells in reader:
-            if len(cells) == len(header):
-                yield f"{path}: line {number}", [cells[place] for place in places], None
-            else:
-                yield f"{path}: line {number}", None, f"{len(cells)} fields, the header has {len(header)}"
+            fault = find_fault(fields, names)
+        yield f"{path}: {unit} {number}", fields, fault
 
 
 def read_batches(path, names):
@@ -423,17 +322,6 @@ def cut_texts(texts, max_words):
     sentences = sentences.str.replace_all(HELD_STOP, ".", literal=True)
     cut = sentences.zip_with(sentences.is_not_null(), heads)
     return texts.scatter(is_long.arg_true(), cut), is_long
-
-
-def stable_hash(texts, purpose, seed):
-    """Return a 64-bit hash of each text. hashlib's, since polars' own hash may change from version to version."""
-    start = hashlib.blake2b(f"{purpose} {seed}\n".encode(), digest_size=8)
-    numbers = []
-    for text in texts:
-        digest = start.copy()
-        digest.update(text.encode("utf-8"))
-        numbers.append(int.from_bytes(digest.digest(), "big"))
-    return pl.Series(numbers, dtype=pl.UInt64)
 
 
 def clean_batch(table, args, counts):
@@ -507,6 +395,7 @@ def unpack(packed, counts, faults):
 
 def send_by_value(cloudpickle):
     """Have the functions of this file sent to the workers, who do not have it, whoever imported it here."""
+    cloudpickle.register_pickle_by_value(table_files)
     if __name__ != "__main__":  # of a program they are anyway
         cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
@@ -516,10 +405,7 @@ def start_limit(what):
     """End the program with exit code 2 if a cluster has not answered in START_SECONDS: py4j and Ray go on waiting."""
 
     def give_up(signum, frame):
-        print(
-            f"prepare_reviews.py: error:\n  - {what} did not start in {START_SECONDS} s", file=sys.stderr, flush=True
-        )
-        os._exit(2)
+        os._exit(refuse(Path(sys.argv[0]).name, [f"{what} did not start in {START_SECONDS} s"]))
 
     before = signal.signal(signal.SIGALRM, give_up)
     signal.alarm(START_SECONDS)
@@ -613,29 +499,11 @@ def clean_on_ray(chosen, args):
 # Sampling and splitting
 
 
-def pick_share(hashes, share):
-    """Return a mask of about `share` of the rows: those with the lowest hashes. Equal hashes are never parted.
-
-    At least one hash is in and, where there are two or more, at least one is out.
-    """
-    groups = hashes.rename("hash").value_counts().sort("hash")
-    totals = groups["count"].cast(pl.Int64).cum_sum()
-    nearest = (totals - share * len(hashes)).abs().arg_min()
-    return hashes <= groups["hash"][min(nearest, max(groups.height - 2, 0))]
-
-
 def drop_duplicates(table, counts):
     """Return the table without the rows whose body and headline, as cleaned and cut, stood in it before."""
     kept = table.unique(subset=["review_body", "review_headline"], keep="first", maintain_order=True)
     counts["duplicate"] += table.height - kept.height
     return kept
-
-
-def take_sample(table, fraction, counts):
-    """Return a share of the rows in the order of their hash: shuffled, so that the first rows are a fair sample."""
-    kept = table.filter(pick_share(table["row_hash"], fraction)) if fraction < 1 and table.height > 1 else table
-    counts["not sampled"] += table.height - kept.height
-    return kept.sort("row_hash")
 
 
 def split_table(table, fraction):
@@ -682,11 +550,6 @@ def format_counts(counts):
     return "\n".join(f"{title:<32}{count:>12,}" for title, count in lines)
 
 
-def say(started, message):
-    """Print a step with the seconds since the start."""
-    print(f"[{time.perf_counter() - started:6.1f} s] {message}", flush=True)
-
-
 def read_and_clean(chosen, args, counts, started):
     """Return (one table of the cleaned rows of all files, the first faults); `counts` gains what was seen."""
     tables, faults = [], []
@@ -713,7 +576,7 @@ def main(argv=None):
     chosen, problems = check_inputs(args.input_file, (args.body_column, args.headline_column, args.product_column))
     problems = check_args(args) + problems
     if problems:
-        refuse(problems)
+        raise SystemExit(refuse("prepare_reviews.py", problems))
 
     counts = Counter()
     try:
@@ -739,7 +602,7 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         if counts["read"]:
             print(format_counts(counts))
-        refuse([str(error)])
+        raise SystemExit(refuse("prepare_reviews.py", [str(error)])) from None
 
     # 5. Report
     print(format_counts(counts))

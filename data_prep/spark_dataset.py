@@ -1,7 +1,7 @@
 # Copyright 2026 The plaintune authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["pyspark[sql]>=4.0", "datasets>=4.0"]
+# dependencies = ["pyspark[sql]>=4.0", "datasets>=4.0", "polars>=1.0", "pyarrow"]
 # ///
 """From a Spark table to a datasets.Dataset with the rows that the table has now.
 
@@ -27,61 +27,19 @@ long as the Dataset is used, and is the caller's to remove. Rows come in the ord
 """
 
 import argparse
-import contextlib
 import importlib.util
 import os
 import shutil
-import signal
-import sys
 import uuid
-import warnings
 from pathlib import Path
 
 import datasets
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Constants
-
-START_SECONDS = 180  # longest wait for a cluster
+from prepare_reviews import find_java_problem, start_spark
+from table_files import refuse
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Spark
-
-
-@contextlib.contextmanager
-def start_limit(what):
-    """End the program with exit code 2 if a cluster has not answered in START_SECONDS: py4j and Ray go on waiting."""
-
-    def give_up(signum, frame):
-        print(
-            f"prepare_reviews.py: error:\n  - {what} did not start in {START_SECONDS} s", file=sys.stderr, flush=True
-        )
-        os._exit(2)
-
-    before = signal.signal(signal.SIGALRM, give_up)
-    signal.alarm(START_SECONDS)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-
-
-def start_spark(address):
-    """Return a Spark session at this master (None: this machine) whose workers start this very Python."""
-    from pyspark.sql import SparkSession
-
-    os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
-    if address is None:
-        os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")  # nothing here needs to be seen from outside
-    warnings.filterwarnings("ignore", "PySpark does not yet fully support pandas")
-    builder = SparkSession.builder.master(address or "local[*]").config("spark.log.level", "ERROR")
-    builder = builder.config("spark.ui.enabled", "false").config("spark.ui.showConsoleProgress", "false")
-    try:
-        with start_limit(f"Spark at {address or 'local[*]'}"):
-            return builder.config("spark.driver.maxResultSize", "0").getOrCreate()
-    except Exception as error:  # py4j, Spark and Java each raise their own
-        raise ValueError(f"Spark at {address or 'local[*]'} did not start: {str(error).splitlines()[0]}") from error
 
 
 def to_dataset(table, work_dir):
@@ -132,10 +90,8 @@ def check_args(args):
         problems.append(f"--output_file {args.output_file}: exists already; remove it or name another")
     if importlib.util.find_spec("pyspark") is None:
         problems.append("pyspark is not installed: pip install -r requirements-launchers.txt")
-    home = os.environ.get("JAVA_HOME")
-    if shutil.which(os.path.join(home, "bin", "java") if home else "java") is None:
-        where = f"in JAVA_HOME={home}" if home else "on the PATH, and JAVA_HOME is not set"
-        problems.append(f"Spark needs Java: there is none {where}; install Java 17 or later")
+    if problem := find_java_problem():
+        problems.append(f"Spark needs Java: {problem}; install Java 17 or later")
     return problems
 
 
@@ -155,8 +111,7 @@ def main(argv=None):
         except ValueError as error:
             problems = [str(error)]
     if problems:
-        print("spark_dataset.py: error:\n" + "\n".join(f"  - {p}" for p in problems), file=sys.stderr)
-        raise SystemExit(2)
+        raise SystemExit(refuse("spark_dataset.py", problems))
 
 
 if __name__ == "__main__":

@@ -148,7 +148,7 @@ def test_bytes_read_well():
     [
         ([], ["give either --dataset_name or --input_file"]),
         (["--dataset_name", "no/such"], ["--dataset_name no/such: ", "without the hub only folders"]),
-        (["--input_file", "no.csv", "."], ["--input_file no.csv: there is no such file", "--input_file .: a folder"]),
+        (["--input_file", "no.csv", "."], ["--input_file no.csv: no such file", "--input_file .: a folder"]),
         (["--input_file", "latin.csv", "cut.jsonl.gz"], ["latin.csv: row 2 is not UTF-8", "cut.jsonl.gz: cannot be"]),
         (["--input_file", "fake.parquet", "bad.jsonl"], ["fake.parquet: cannot be read", "bad.jsonl: a row is not"]),
     ],

@@ -72,11 +72,11 @@ def test_a_label_that_only_the_validation_has_is_refused_and_nothing_is_written(
 @pytest.mark.parametrize(
     "flags, said",
     [
-        (["--input_file", "no.csv"], "--input_file no.csv: there is no such file"),
+        (["--input_file", "no.csv"], "--input_file no.csv: no such file"),
         (["--label_column", "class"], "has no column 'class' (--label_column); it has label, text"),
         (["--column_names", "a", "b", "c"], "--column_names: 3 names for 2 columns"),
         (["--label_order", "ham", "ham"], "--label_order ham ham: names a label twice"),
-        (["--output_dir", "."], "exists and is not empty"),
+        (["--output_dir", "."], "--output_dir .: not empty, nothing is overwritten"),
     ],
 )
 def test_a_wrong_argument_is_named_with_exit_code_2(tmp_path, flags, said):

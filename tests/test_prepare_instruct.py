@@ -2,11 +2,13 @@
 """data_prep/prepare_instruct.py: every layout gives canonical rows, no prompt in both files, every drop counted."""
 
 import csv
+import functools
 import gzip
 import importlib.util
 import io
 import json
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -415,10 +417,10 @@ def test_nothing_left_to_split_is_said_with_the_counts(tmp_path, capsys):
 
 def test_a_disk_that_is_full_leaves_no_file(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": f"p{i}", "completion": "c" * 100} for i in range(900)])
-    program = "import resource, runpy; resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000)); "
-    program += f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
-    command = [sys.executable, "-c", program, "--input_file", path, "--output_dir", tmp_path / "out"]
-    result = subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, SCRIPT, "--input_file", path, "--output_dir", tmp_path / "out"]
+    limit = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (40_000, 40_000))
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit, env=environment)
     assert result.returncode == 2 and "File too large" in result.stderr and "Traceback" not in result.stderr
     assert list(tmp_path.iterdir()) == [path]
 
