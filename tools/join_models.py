@@ -86,7 +86,9 @@ def read_half(flag, name, hub):
         raise ValueError(f"--{flag} {name}: {where}cannot be loaded: {' '.join(str(error).split())[:160]}") from None
     if config.is_encoder_decoder:
         kind = f"{config.model_type} is an encoder-decoder"
-        raise ValueError(f"--{flag} {name}: {kind}; train it as it is: run_summarization.py --model_name_or_path {name}")
+        raise ValueError(
+            f"--{flag} {name}: {kind}; train it as it is: run_summarization.py --model_name_or_path {name}"
+        )
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise ValueError(f"--{flag} {name}: has no vocabulary, only special tokens; its tokenizer's files are missing")
     return config, tokenizer
