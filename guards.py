@@ -607,3 +607,89 @@ def run_and_exit(main) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ generation
+
+# The least that a decoding flag may be; below 1 stands for "above 0".
+LEAST_DECODING = {"temperature": 1e-6, "num_beams": 1, "max_new_tokens": 1, "repetition_penalty": 1e-6}
+LEAST_DECODING |= {"top_k": 0, "min_new_tokens": 0}
+
+
+def check_generation(args: argparse.Namespace, decoding: dict, find_text_column) -> None:
+    """
+    Raise everything wrong with run_generation.py's arguments as one UsageError; nothing is downloaded or loaded.
+
+    decoding: the flags of GenerationConfig that were given. find_text_column(columns, args) raises UsageError where
+    the table's columns do not serve.
+    """
+    problems = []
+    if (args.input_file is None) == (args.dataset_name is None):
+        problems.append("give either --input_file or --dataset_name")
+    if args.output_file is None and not args.measure_latency:
+        problems.append("--output_file is missing: where the table goes")
+    if args.output_file is not None and not args.output_file.lower().endswith((".csv", ".jsonl", ".parquet")):
+        problems.append(f"--output_file {args.output_file}: unknown ending; known are .csv, .jsonl, .parquet")
+    if args.output_file is not None and Path(args.output_file).exists():
+        problems.append(f"--output_file {args.output_file}: exists and is kept; remove it first, or name another")
+    if args.input_file is not None:
+        named = f"--input_file {args.input_file}"
+        problems += find_file_problems(named, args.input_file, args, find_text_column)
+    for flag in ("max_source_length", "max_samples", "max_tokens_per_batch", "min_group_size"):
+        if getattr(args, flag) is not None and getattr(args, flag) < 1:
+            problems.append(f"--{flag} {getattr(args, flag)}: must be 1 or more")
+    if args.dtype not in ("auto", "float32", "bfloat16", "float16"):
+        problems.append(f"--dtype {args.dtype}: must be auto, float32, bfloat16 or float16")
+    if args.measure_latency and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        problems.append("--measure_latency: times one process; start it with `python`")
+    for flag in ("model_name_or_path", "assistant_model_name_or_path"):
+        if getattr(args, flag) is not None:
+            problems += find_folder_problems(f"--{flag}", getattr(args, flag))
+    if args.assistant_model_name_or_path and (args.deepspeed or decoding.get("num_beams", 1) != 1):
+        problems.append("--assistant_model_name_or_path: not with --deepspeed or --num_beams; leave one out")
+    problems += find_zero3_problems(args.deepspeed) + find_decoding_problems(decoding)
+    if problems:
+        raise UsageError("\n".join(problems))
+
+
+def find_folder_problems(flag: str, name: str) -> list[str]:
+    """A folder of a model or of adapters that is none, or that has no weights."""
+    folder = Path(name)
+    try:
+        if not (folder / "adapter_config.json").is_file() and read_model_config(flag, name) is None:
+            return []
+    except UsageError as error:
+        return [str(error)]
+    if not any(p.suffix in (".safetensors", ".bin") and "training_args" not in p.name for p in folder.iterdir()):
+        return [f"{flag} {name}: the folder has no weights (*.safetensors); did the training end?"]
+    return []
+
+
+def find_zero3_problems(path: str | None) -> list[str]:
+    """--deepspeed generates with partitioned weights only: stage 3."""
+    if path is None:
+        return []
+    try:
+        stage = json.loads(Path(path).read_text(encoding="utf-8")).get("zero_optimization", {}).get("stage")
+    except (OSError, ValueError, AttributeError) as error:
+        return [f"--deepspeed {path}: cannot be read as a DeepSpeed file: {error}"]
+    return [] if stage == 3 else [f"--deepspeed {path}: has stage {stage}; only stage 3 spreads a model's weights"]
+
+
+def find_decoding_problems(decoding: dict) -> list[str]:
+    """Decoding flags outside their range, or that contradict each other, in transformers' own words."""
+    problems = []
+    for name, least in LEAST_DECODING.items():
+        value = decoding.get(name)
+        if value is not None and (isinstance(value, bool | str) or value < least):
+            problems.append(f"--{name} {value}: must be a number above {'0' if least < 1 else least - 1}")
+    if problems:
+        return problems
+    least, most = (decoding.get(f"{end}_new_tokens") for end in ("min", "max"))
+    if least and most and least > most:
+        problems.append(f"--min_new_tokens {least} is more than --max_new_tokens {most}")
+    if (decoding.get("num_beams") or 1) > 1 and decoding.get("prompt_lookup_num_tokens"):
+        problems.append("--prompt_lookup_num_tokens: goes with greedy decoding or sampling, not with --num_beams")
+    try:
+        transformers.GenerationConfig(**{"num_beams": 1, **decoding}).validate(strict=True)
+    except (ValueError, TypeError) as error:
+        lines = [line.removeprefix("- ").replace("`", "") for line in str(error).splitlines() if line.startswith("- ")]
+        problems += lines or [f"decoding flags {', '.join(decoding)}: {str(error).splitlines()[0]}"]
+    return problems
