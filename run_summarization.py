@@ -167,7 +167,7 @@ def parse_arguments(argv: list[str], classes: tuple, find_columns):
     parser = HfArgumentParser(classes)
     parser.set_defaults(bf16=None)
     args = parser.parse_args(guards.read_arguments(parser, argv) if guards else argv)
-    args.use_cpu = args.use_cpu or not has_accelerator()
+    args.use_cpu = args.use_cpu or not torch.accelerator.is_available()
     if args.bf16 is None or args.pure_bf16:  # of pure bf16 there is nothing left to cast
         args.bf16 = choose_bf16(args)
     problems = find_companion_problems(args)
@@ -182,11 +182,6 @@ def parse_arguments(argv: list[str], classes: tuple, find_columns):
         return parser.parse_dict(vars(args))
     except ValueError as error:  # the trainer's own checks speak of its flags
         raise UsageError(str(error)) from error
-
-
-def has_accelerator() -> bool:
-    """Whether torch sees a GPU or another device that the trainer would use."""
-    return torch.cuda.is_available() or (hasattr(torch, "accelerator") and torch.accelerator.is_available())
 
 
 def has_fast_bf16(use_cpu: bool) -> bool:
@@ -430,26 +425,22 @@ def choose_batches(model, collator, data_args, training_args) -> tuple:
     """
     (collator of the training batches, compute_loss_func), and say which they are.
 
-    With fast_batches.py a T5's rows stand end to end and the loss is made without logits; both change nothing in the
-    batches, losses and gradients.
+    With fast_batches.py a T5's rows stand end to end and the loss is made without logits; neither changes the batches,
+    losses or gradients.
     """
     smoothing, packed, fused = training_args.label_smoothing_factor, None, None
+    plain = data_args.pad_to_max_length or not data_args.ignore_pad_token_for_loss
     if fast_batches and training_args.do_train:
         fused = fast_batches.fuse_loss(model, smoothing)
-        if data_args.packing is not False and data_args.ignore_pad_token_for_loss and not data_args.pad_to_max_length:
-            packed = fast_batches.pack_seq2seq(model, collator)
+        packed = None if plain or data_args.packing is False else fast_batches.pack_seq2seq(model, collator)
         if training_args.use_cpu:
             fast_batches.speed_up_cpu(model)
-    if data_args.packing and packed is None:
-        raise UsageError(
-            f"--packing: {model.config.model_type} models cannot be packed, and no model with --pad_to_max_length or "
-            "--ignore_pad_token_for_loss false; leave the flag out"
-        )
+    if data_args.packing and not packed:
+        why = "not with padding as asked for" if plain else f"{model.config.model_type} models cannot be packed"
+        raise UsageError(f"--packing: {why}; leave the flag out")
     if training_args.do_train and training_args.process_index == 0:
-        how = (
-            "packing: a batch's rows stand end to end (--packing false pads them)" if packed else "batches are padded"
-        )
-        print(how, flush=True)
+        ends = "packing: a batch's rows stand end to end (--packing false pads them)"
+        print(ends if packed else "batches are padded", flush=True)
     return packed or collator, fused or partial(compute_token_loss, label_smoothing=smoothing)
 
 
@@ -519,9 +510,10 @@ class TokenMeanTrainer(Seq2SeqTrainer):
     number of tokens and what else it counts. train_collator: of the training rows, where they are packed.
     """
 
-    def __init__(self, *args, train_collator=None, **kwargs):
+    def __init__(self, *args, train_collator=None, optimizer_cls_and_kwargs=None, **kwargs):
         super().__init__(*args, **kwargs)
         self.train_collator = train_collator or self.data_collator
+        self.optimizer_cls_and_kwargs = optimizer_cls_and_kwargs  # Trainer's, which Seq2SeqTrainer's own lacks (5.23)
 
     def get_train_dataloader(self):
         """The stock one with the training rows' collator."""
@@ -710,9 +702,11 @@ def describe_run(model, training_args, checkpoint: str | None) -> str:
     rows, ranks = training_args.per_device_train_batch_size, training_args.world_size
     steps = training_args.gradient_accumulation_steps
     own = zero_adafactor and zero_adafactor.describe(training_args, model)
+    count = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
     return "\n".join(
         [
             *lines,
+            f"parameters: {count / 1e6:.2f} M trained",
             own or f"optimizer: {training_args.optim.value}",
             f"precision: {'bf16 autocast (--bf16 false for fp32)' if training_args.bf16 else model.dtype}",
             f"effective batch {rows * ranks * steps} = {rows} rows x {ranks} processes x {steps} accumulation steps",

@@ -48,6 +48,27 @@ def write_csv(path: Path, rows) -> Path:
     return path
 
 
+THINGS = ("lens", "strap", "battery", "zoom", "screen", "tripod", "flash", "charger")
+VERBS = ("clean", "carry", "charge", "test", "pack", "lift", "sell", "store")
+
+
+def make_instructions(count: int, seed: int) -> list[dict]:
+    """Rows with different instructions, about half with a context; the answers' lengths differ."""
+    dice = random.Random(seed)
+    rows = []
+    for i in dice.sample(range(1000), count):
+        thing, verb = THINGS[i % 8], VERBS[i // 8 % 8]
+        context = f"Note {i}: the {thing} is {'old' if i % 3 else 'new'}." if i % 2 else ""
+        steps = " ".join(f"{n}. {verb} the {thing}" for n in range(1, 2 + i % 4))
+        rows.append({"instruction": f"How do I {verb} a {thing} {i}?", "context": context, "response": f"{steps}."})
+    return rows
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
 def make_environment() -> dict[str, str]:
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "DS_ACCELERATOR"):
@@ -120,18 +141,28 @@ def work(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def trained(work) -> Path:
-    """A tiny T5 trained by run_summarization.py copied alone into an empty folder; the folder it wrote."""
-    alone = work / "alone"
-    alone.mkdir()
-    (alone / "run_summarization.py").write_text((ROOT / "run_summarization.py").read_text())
+    """A tiny T5 trained by run_summarization.py, started as a user does; the folder it wrote."""
+    folder = work / "first"
+    folder.mkdir()
     done = run(
-        [sys.executable, "run_summarization.py", "--model_name_or_path", work / "tiny-t5", "--do_train", "--do_eval"]
-        + ["--train_file", work / "many.csv", "--validation_file", work / "validation.csv", "--output_dir", "out"]
+        [sys.executable, ROOT / "run_summarization.py", "--model_name_or_path", work / "tiny-t5", "--do_train"]
+        + ["--do_eval", "--train_file", work / "many.csv", "--validation_file", work / "validation.csv"]
         + ["--source_prefix", "summarize: ", "--optim", "adafactor", "--learning_rate", "2e-2", "--max_steps", "150"]
         + ["--per_device_train_batch_size", "32", "--predict_with_generate", "--max_target_length", "12"]
         + ["--max_source_length", "64", "--eval_on_start", "--logging_steps", "25", "--save_strategy", "no"]
-        + ["--bf16", "--run_name", "alone"],
-        cwd=alone,
+        + ["--bf16", "--run_name", "first", "--output_dir", "out"],
+        cwd=folder,
     )
-    (alone / "printed.txt").write_text(done.stdout)
-    return alone / "out"
+    (folder / "printed.txt").write_text(done.stdout)
+    return folder / "out"
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory) -> Path:
+    """A folder with train.jsonl (64 instructions), validation.jsonl (13: odd on purpose) and tiny-llama."""
+    folder = tmp_path_factory.mktemp("clm")
+    write_jsonl(folder / "train.jsonl", make_instructions(64, 1))
+    write_jsonl(folder / "validation.jsonl", [r | {"context": "Held out."} for r in make_instructions(13, 2)])
+    words = ["--architecture", "llama", "--preset", "tiny", "--train_file", "train.jsonl", "--vocab_size", "600"]
+    run_warm(ROOT / "tools/init_model.py", *words, "--output_dir", "tiny-llama", cwd=folder)
+    return folder

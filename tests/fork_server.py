@@ -15,7 +15,6 @@ import signal
 import sys
 
 import datasets  # noqa: F401
-import evaluate  # noqa: F401
 import torch  # noqa: F401
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, Seq2SeqTrainer  # noqa: F401
 

@@ -6,7 +6,10 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
+import guards
 import run_summarization as script
 from conftest import ROOT, run, run_warm
 
@@ -21,7 +24,7 @@ def arguments(work, tmp_path):
         sound |= {f"--{name}": value for name, value in changed.items()}
         argv = [str(part) for pair in sound.items() for part in pair] + ["--do_train", *map(str, flags)]
         with pytest.raises(script.UsageError) as caught:
-            script.parse_arguments(argv, script.SUMMARIZATION_ARGUMENTS, script.find_argument_problems)
+            script.parse_arguments(argv, script.SUMMARIZATION_ARGUMENTS, script.find_columns)
         return str(caught.value)
 
     return message
@@ -92,8 +95,11 @@ def test_adafactor_with_its_state_on_nvme_is_refused(arguments, tmp_path):
 def test_pure_bf16_names_everything_it_excludes(arguments, monkeypatch):
     monkeypatch.setattr(script, "zero_adafactor", None)
     message = arguments("--pure_bf16", "--deepspeed", ROOT / "ds_configs/zero2.json")
-    for claim in ("--optim adafactor", "needs zero_adafactor.py", "not under --deepspeed"):
-        assert f"--pure_bf16: {claim}" in message or claim in message
+    assert "--pure_bf16, step_in_backward: needs zero_adafactor.py" in message
+    monkeypatch.undo()
+    message = arguments("--pure_bf16", "--deepspeed", ROOT / "ds_configs/zero2.json")
+    for claim in ("only --optim adafactor", "not under --deepspeed"):
+        assert f"--pure_bf16: {claim}" in message
 
 
 def test_stepping_in_the_backward_pass_names_everything_it_excludes(arguments, monkeypatch):
@@ -121,6 +127,27 @@ def test_fp16_with_t5_is_refused_in_favour_of_bf16(arguments):
 
 def test_a_model_folder_without_config_is_refused(arguments, tmp_path):
     assert "the folder has no config.json" in arguments(model_name_or_path=tmp_path)
+
+
+def test_a_causal_model_is_sent_to_its_own_script(arguments, tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    message = arguments(model_name_or_path=tmp_path)
+    assert "is no encoder-decoder; run_clm_instruct.py trains those" in message
+
+
+@pytest.mark.parametrize("flag", guards.REPLACED_FLAGS)
+def test_a_flag_that_is_gone_says_what_to_do(arguments, flag):
+    assert arguments(flag, 1) == f"{flag} is gone: {guards.REPLACED_FLAGS[flag]}"
+
+
+def test_packing_of_a_model_that_cannot_be_packed_is_refused(monkeypatch):
+    model = SimpleNamespace(config=SimpleNamespace(model_type="bart"), get_output_embeddings=lambda: None)
+    data_args = SimpleNamespace(packing=True, pad_to_max_length=False, ignore_pad_token_for_loss=True)
+    training_args = SimpleNamespace(label_smoothing_factor=0.0, do_train=True, use_cpu=True, process_index=0)
+    with pytest.raises(script.UsageError, match="--packing: bart models cannot be packed"):
+        script.choose_batches(model, None, data_args, training_args)
+    data_args.packing = None
+    assert script.choose_batches(model, "collator", data_args, training_args)[0] == "collator"
 
 
 def test_a_flag_that_transformers_5_dropped_says_what_replaced_it(arguments):
@@ -167,18 +194,16 @@ def test_an_argument_file_works_and_its_unknown_keys_are_named(work, tmp_path):
     values |= {"train_file": str(work / "train.csv"), "num_beams": 3}
     (tmp_path / "args.json").write_text(json.dumps(values))
     model_args, data_args, training_args = script.parse_arguments(
-        [str(tmp_path / "args.json"), "--seed", "5"], script.SUMMARIZATION_ARGUMENTS, script.find_argument_problems
+        [str(tmp_path / "args.json"), "--seed", "5"], script.SUMMARIZATION_ARGUMENTS, script.find_columns
     )
     assert data_args.num_beams == 3 and training_args.seed == 5 and training_args.do_train
     (tmp_path / "args.json").write_text(json.dumps({**values, "colour": "red"}))
     with pytest.raises(script.UsageError, match="no such argument: colour"):
-        script.parse_arguments(
-            [str(tmp_path / "args.json")], script.SUMMARIZATION_ARGUMENTS, script.find_argument_problems
-        )
+        script.parse_arguments([str(tmp_path / "args.json")], script.SUMMARIZATION_ARGUMENTS, script.find_columns)
 
 
 def test_deepspeeds_own_spelling_of_its_file_is_understood():
-    join = script.join_deepspeed_flags
+    join = guards.join_deepspeed_flags
     assert join(["--a", "1", "--deepspeed", "--deepspeed_config", "z.json"]) == ["--a", "1", "--deepspeed", "z.json"]
     assert join(["--deepspeed_config", "z.json", "--a", "1", "--deepspeed"]) == ["--deepspeed", "z.json", "--a", "1"]
     assert join(["--deepspeed", "z.json", "--a"]) == ["--deepspeed", "z.json", "--a"]
@@ -187,12 +212,12 @@ def test_deepspeeds_own_spelling_of_its_file_is_understood():
 def test_a_run_killed_in_its_last_evaluation_may_go_on_and_curves_alone_refuse_nothing(tmp_path):
     args = SimpleNamespace(output_dir=tmp_path, do_train=True, resume_from_checkpoint=None)
     (tmp_path / "runs").mkdir()
-    assert script.find_output_problems(args) == []
+    assert guards.find_output_problems(args) == []
     (tmp_path / "all_results.json").write_text("{}")
     (tmp_path / "checkpoint-3").mkdir()
-    assert script.find_output_problems(args) == []
+    assert guards.find_output_problems(args) == []
     (tmp_path / "trainer_state.json").write_text("{}")
-    assert "holds a finished run" in script.find_output_problems(args)[0]
+    assert "holds a finished run" in guards.find_output_problems(args)[0]
 
 
 def test_bf16_is_the_default_where_the_hardware_has_it_and_nothing_else_rules(work, tmp_path, monkeypatch):
@@ -201,13 +226,13 @@ def test_bf16_is_the_default_where_the_hardware_has_it_and_nothing_else_rules(wo
     argv = [*map(str, [*argv, work / "train.csv"]), "--use_cpu"]
 
     def has_bf16(*flags) -> bool:
-        parsed = script.parse_arguments([*argv, *flags], script.SUMMARIZATION_ARGUMENTS, lambda args: [])
-        return parsed[2].bf16
+        return script.parse_arguments([*argv, *flags], script.SUMMARIZATION_ARGUMENTS, script.find_columns)[2].bf16
 
-    monkeypatch.setattr(script, "has_cpu_bf16", lambda: False)
+    monkeypatch.setattr(script, "has_fast_bf16", lambda use_cpu: False)
     assert not has_bf16() and has_bf16("--bf16")
-    monkeypatch.setattr(script, "has_cpu_bf16", lambda: True)
-    assert has_bf16() and not has_bf16("--bf16", "false") and not has_bf16("--pure_bf16")
+    monkeypatch.setattr(script, "has_fast_bf16", lambda use_cpu: True)
+    assert has_bf16() and not has_bf16("--bf16", "false")
+    assert not has_bf16("--pure_bf16", "--optim", "adafactor")
     choose = script.choose_bf16
     for content, chosen in (
         ('{"bf16": {"enabled": "auto"}}', True),
@@ -215,6 +240,28 @@ def test_bf16_is_the_default_where_the_hardware_has_it_and_nothing_else_rules(wo
         ("{}", False),
     ):
         (tmp_path / "ds.json").write_text(content)
-        assert choose(SimpleNamespace(fp16=False, use_cpu=True, deepspeed=tmp_path / "ds.json")) == chosen
+        args = SimpleNamespace(fp16=False, pure_bf16=False, use_cpu=True, deepspeed=tmp_path / "ds.json")
+        assert choose(args) == chosen
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     assert not has_bf16()
+
+
+# ------------------------------------------------------------------------------------------------ checkpoints
+
+
+def test_a_torn_file_makes_a_checkpoint_incomplete(tmp_path):
+    folder = tmp_path / "checkpoint-1"
+    folder.mkdir()
+    assert "trainer_state.json" in guards.explain_incomplete(folder)
+    (folder / "trainer_state.json").write_text("{}")
+    assert "optimizer" in guards.explain_incomplete(folder)
+    torch.save({"a": torch.ones(1000)}, folder / "optimizer.pt")
+    save_file({"a": torch.ones(1000)}, folder / "model.safetensors")
+    assert guards.explain_incomplete(folder) is None
+    for name in ("optimizer.pt", "model.safetensors"):
+        whole = (folder / name).read_bytes()
+        (folder / name).write_bytes(whole[:-100])
+        assert f"{name} is torn" in guards.explain_incomplete(folder)
+        (folder / name).write_bytes(b"")
+        assert f"{name} is torn" in guards.explain_incomplete(folder)
+        (folder / name).write_bytes(whole)

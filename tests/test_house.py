@@ -1,0 +1,81 @@
+# Copyright 2026 The plaintune authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""The house: how long the files are, what stands in two of them, and which import which."""
+
+import ast
+import itertools
+
+import pytest
+
+from conftest import ROOT
+from fix_copies import copy_into, read_blocks
+
+SCRIPTS = sorted(ROOT.glob("run_*.py"))
+COMPANIONS = [ROOT / name for name in ("guards.py", "fast_batches.py", "zero_adafactor.py")]
+TOOLS = sorted([*ROOT.glob("data_prep/*.py"), *ROOT.glob("tools/*.py")])
+OWN = {"parse_args", "check_args"}  # every tool's own, as main() is
+
+MOST_LINES = {
+    "run_summarization.py": 800,
+    "run_clm_instruct.py": 950,
+    "run_generation.py": 800,
+    "guards.py": 700,
+    "fast_batches.py": 450,
+    "zero_adafactor.py": 500,
+    "README.md": 180,
+}
+
+
+def find_functions(path):
+    """Every function and method of a file."""
+    nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    return [node for node in nodes if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+
+
+def find_imports(path) -> set[str]:
+    """The first part of every module's name that a file imports, wherever in it."""
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
+    return {name.split(".")[0] for name in names}
+
+
+@pytest.mark.parametrize("name", MOST_LINES)
+def test_a_file_is_no_longer_than_a_person_reads(name):
+    assert len((ROOT / name).read_text(encoding="utf-8").splitlines()) <= MOST_LINES[name]
+
+
+@pytest.mark.parametrize("path", [*SCRIPTS, *COMPANIONS, *TOOLS], ids=lambda path: path.name)
+def test_no_function_is_longer_than_60_lines_but_main_which_has_80(path):
+    for node in find_functions(path):
+        length = node.end_lineno - node.lineno + 1
+        assert length <= (80 if node.name == "main" else 60), f"{node.name} has {length} lines"
+
+
+@pytest.mark.parametrize("first, second", [*itertools.combinations(SCRIPTS, 2), *itertools.combinations(TOOLS, 2)])
+def test_what_two_scripts_share_is_the_same_code(first, second):
+    ours, theirs = read_blocks(first), read_blocks(second)
+    different = {name for name in (set(ours) & set(theirs)) - OWN if ours[name] != theirs[name]}
+    assert not different, f"`make fix-copies FROM=...` carries {sorted(different)} over"
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_less_than_a_third_of_a_script_stands_in_another(path):
+    ours = read_blocks(path)
+    elsewhere = {name: block for other in SCRIPTS if other != path for name, block in read_blocks(other).items()}
+    shared = sum(len(block.splitlines()) for name, block in ours.items() if elsewhere.get(name) == block)
+    assert shared < 0.30 * len(path.read_text(encoding="utf-8").splitlines())
+
+
+@pytest.mark.parametrize("path", [*SCRIPTS, *COMPANIONS], ids=lambda path: path.name)
+def test_no_script_imports_another_and_no_companion_a_script(path):
+    local = {other.stem for other in [*SCRIPTS, *COMPANIONS, *TOOLS]}
+    allowed = {"guards"} if path in COMPANIONS else {companion.stem for companion in COMPANIONS}
+    assert find_imports(path) & local <= allowed - {path.stem}
+
+
+def test_fix_copies_carries_the_good_version_over(tmp_path):
+    good, old = tmp_path / "good.py", tmp_path / "old.py"
+    good.write_text("A = 1\n\n\n# why\ndef f():\n    return A\n\n\ndef g():\n    pass\n")
+    old.write_text('"""Doc."""\n\n\ndef f():\n    return 0\n\n\nA = 2\n\n\ndef main():\n    pass\n')
+    assert sorted(copy_into(old, read_blocks(good))) == ["A", "f"]
+    assert old.read_text() == '"""Doc."""\n\n\n# why\ndef f():\n    return A\n\n\nA = 1\n\n\ndef main():\n    pass\n'
