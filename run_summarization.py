@@ -319,7 +319,7 @@ def load_model(model_args, data_args, training_args):
         if ".pooler." in parameter_name:  # of a BERT encoder: nothing reads it, and DDP would wait for its gradient
             parameter.requires_grad_(False)
     set_generation_defaults(model, target_tokenizer, data_args, training_args)
-    check_positions(model, tokenizer, target_tokenizer, data_args)
+    check_positions(model, tokenizer, target_tokenizer, data_args, training_args)
     return tokenizer, target_tokenizer, model
 
 
@@ -340,22 +340,25 @@ def set_generation_defaults(model, tokenizer, data_args, training_args) -> None:
         model.config.task_specific_params = {"summarization": {"prefix": data_args.source_prefix}}
 
 
-def check_positions(model, tokenizer, target_tokenizer, data_args) -> None:
+def check_positions(model, tokenizer, target_tokenizer, data_args, training_args) -> None:
     """
     Raise UsageError where a length exceeds the positions there are; T5's are distances, and without end.
 
     A joined pair's halves have each their own, and RoBERTa never uses its first ones: its tokenizer knows.
     """
     joined = target_tokenizer is not tokenizer
-    sides = (("source", "encoder", tokenizer), ("target", "decoder", target_tokenizer))
-    for side, half, known in sides[: 1 + joined]:
-        length = getattr(data_args, f"max_{side}_length")
+    lengths = {"max_source_length": data_args.max_source_length, "max_target_length": data_args.max_target_length}
+    lengths |= {"val_max_target_length": data_args.val_max_target_length}
+    lengths |= {"generation_max_length": training_args.generation_max_length or 0}
+    for flag, length in lengths.items():
+        half, known = ("encoder", tokenizer) if flag == "max_source_length" else ("decoder", target_tokenizer)
         config = getattr(model.config, half) if joined else model.config
-        limit = getattr(config, "max_position_embeddings", None) or length
-        limit = min(limit, known.model_max_length) if joined else limit
-        if length > limit:
-            flag = f"--max_{side}_length"
-            raise UsageError(f"{flag} {length}: the {half} has positions for {limit} tokens; give {flag} {limit}")
+        names = ("max_position_embeddings", f"max_{half}_position_embeddings")  # the latter are LED's
+        limits = [getattr(config, name, None) or length for name in names] + [known.model_max_length] * joined
+        if length > min(limits):
+            raise UsageError(
+                f"--{flag} {length}: the {half} has positions for {min(limits)} tokens; give that or less"
+            )
 
 
 # ------------------------------------------------------------------------------------------------ tokens
@@ -372,13 +375,12 @@ def tokenize_rows(rows: dict, tokenizer, target_tokenizer, prefix: str, limits: 
     sources = [prefix + str(text) for text in rows["source"]]
     targets = [str(text) for text in rows["reference"]]
     features = tokenizer(sources, max_length=limits["max_source_length"], truncation=True, padding=padding)
-    labels = target_tokenizer(text_target=targets, max_length=limits["max_target_length"], truncation=True)[
-        "input_ids"
-    ]
-    target_cut = find_cut(labels, limits["max_target_length"], targets, target_tokenizer, "text_target")
+    limit = limits["max_target_length"]
+    labels = target_tokenizer(text_target=targets, max_length=limit, truncation=True)["input_ids"]
+    target_cut = find_cut(labels, limit, targets, target_tokenizer, "text_target")
     if padding:
         pad = -100 if limits["ignore_pad_token_for_loss"] else target_tokenizer.pad_token_id
-        labels = [row + [pad] * (limits["max_target_length"] - len(row)) for row in labels]
+        labels = [row + [pad] * (limit - len(row)) for row in labels]
     result = {"input_ids": features["input_ids"], "attention_mask": features["attention_mask"], "labels": labels}
     result["source_cut"] = find_cut(result["input_ids"], limits["max_source_length"], sources, tokenizer, "text")
     return result | {"target_cut": target_cut}
