@@ -21,6 +21,7 @@ import argparse
 import json
 import shutil
 import sys
+import warnings
 from pathlib import Path
 
 import jinja2
@@ -195,6 +196,7 @@ def merge(args, base, hub, config):
 
 def main(argv=None):
     args = parse_args(argv)
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # peft 0.21 asks by the old name
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     base, hub, config, problems = check_args(args)
