@@ -162,7 +162,7 @@ serve: $(VENV)/.launchers
 SCRIPT ?= run_summarization.py
 DS_CONFIGS ?=
 copy:
-	$(PYTHON) tools/copy_script.py --script $(SCRIPT) --to $(TO) $(if $(DS_CONFIGS),--ds_configs $(DS_CONFIGS))
+	$(PYTHON) tools/copy_script.py --script "$(SCRIPT)" --to "$(TO)" $(if $(DS_CONFIGS),--ds_configs $(DS_CONFIGS))
 
 # ------------------------------------------------------------------------------------------------ benchmarks
 
