@@ -11,9 +11,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, HfArgumentParser, LlamaConfig, T5Config
 
+import guards
 import plan_run as tool
 import run_clm_instruct
 import run_summarization
+import zero_adafactor
 
 LLAMA = 6_738_415_616  # parameters of Llama-2-7B
 TINY = ["--model", "tiny", "--max_source_length", "16", "--max_target_length", "8"]
@@ -223,8 +225,7 @@ def test_the_command_and_its_ds_config_are_taken_by_the_training_script(setting,
         words = shlex.split(tool.make_command(setting, True, config, args))
         namespace = HfArgumentParser(arguments).parse_args(words[words.index(f"{module.__name__}.py") + 1 :])
         assert (words[0] == "deepspeed") == (namespace.deepspeed is not None)
-        problems = module.find_deepspeed_problems(namespace) if namespace.deepspeed else []
-        assert problems + module.find_optimizer_problems(namespace) == []
+        assert guards.find_deepspeed_problems(namespace) + zero_adafactor.find_problems(namespace) == []
 
 
 # -------------------------------------------------------------------------------------------------- bad input
@@ -307,7 +308,7 @@ def test_the_peak_of_two_real_steps_is_the_one_predicted(config, flags, tmp_path
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU's figures")
 @pytest.mark.parametrize("optimizer", tool.OPTIMIZERS)
-@pytest.mark.parametrize("checkpointing", ["--no-gradient_checkpointing", "--gradient_checkpointing"])
+@pytest.mark.parametrize("checkpointing", ["--no-activation_checkpointing", "--activation_checkpointing"])
 @pytest.mark.parametrize(
     "model, rows, source, target", [("t5-small", 8, 128, 32), ("t5-small", 2, 512, 128), ("llama-60m", 4, 512, 1)]
 )

@@ -97,9 +97,11 @@ def parse_args(argv=None):
     add("--max_target_length", type=int, default=64, help="Target tokens of an encoder-decoder.")
     add("--max_seq_length", type=int, default=1024, help="Tokens of a causal model's row.")
     add(
+        "--activation_checkpointing",
         "--gradient_checkpointing",
         action=argparse.BooleanOptionalAction,
-        help="Keep only the layers' inputs and compute the rest again. Not given: planned both ways.",
+        help="Keep only the layers' inputs and compute the rest again. Not given: planned both ways. "
+        "transformers before 5.23 calls it by the second name.",
     )
     add("--num_examples", type=int, default=None, help="Rows of an epoch, for its time and price.")
     add("--gpu_tflops", type=float, default=None, help="The GPU's bf16 peak, dense: A100 312, H100/H200 989, L4 121.")
@@ -220,7 +222,7 @@ def run_step(model, batch, labels, autocast, mark=lambda name: None):
 def train_two_steps(config, args, meter, device="cpu", autocast=False):
     """Two steps from nothing, for real or on fake tensors; the meter's mark() is called after every part of them."""
     with torch.device(device):
-        model = build_model(config, torch.float32, args.gradient_checkpointing)
+        model = build_model(config, torch.float32, args.activation_checkpointing)
     optimizer = make_optimizer(args.optimizer, model.parameters())
     batch, labels = make_batch(config, args, device)
     meter.mark("weights")
@@ -387,7 +389,7 @@ def count_flops(config, args):
 def measure(config, args):
     """Return what plan() needs to know: shapes, factors, and for each way of checkpointing what a pass takes."""
     shapes = list_shapes(config)
-    ways = (False, True) if args.gradient_checkpointing is None else (args.gradient_checkpointing,)
+    ways = (False, True) if args.activation_checkpointing is None else (args.activation_checkpointing,)
     passes = {(dtype, way): track_pass(config, args, dtype, way) for way in ways for dtype in DTYPES}
     return {
         "parameters": sum(map(math.prod, shapes)),
@@ -574,7 +576,7 @@ def make_command(setting, checkpointing, config, args):
     words += [f"--per_device_train_batch_size {args.per_device_train_batch_size}"]
     steps = args.gradient_accumulation_steps
     words += [f"--gradient_accumulation_steps {steps}"] if steps > 1 else []
-    words += ["--gradient_checkpointing"] if checkpointing else []
+    words += ["--activation_checkpointing"] if checkpointing else []
     lengths = ("max_source_length", "max_target_length") if config.is_encoder_decoder else ("max_seq_length",)
     words += [f"--{name} {getattr(args, name)}" for name in lengths]
     return " ".join([*words, "--do_train --train_file TRAIN --output_dir OUT"])
@@ -680,10 +682,10 @@ def compare_probe(config, args, argv):
         raise ValueError(f"--probe: the two steps ended with code {done.returncode}: {done.stderr.strip()[-300:]}")
     measured = json.loads(done.stdout.splitlines()[-1])
     kind = ["fp32, CPU", "bf16 autocast, GPU"][cuda] + f", {args.optimizer}"
-    kind += ", gradient checkpointing" if args.gradient_checkpointing else ""
+    kind += ", activation checkpointing" if args.activation_checkpointing else ""
     print(f"{args.model}: {describe_rows(config, args)}, {kind}; two steps, peaks in MB")
     ratio = print_peaks(predicted, measured["peaks"])
-    work = (4 / 3 if args.gradient_checkpointing else 1) * count_flops(config, args)
+    work = (4 / 3 if args.activation_checkpointing else 1) * count_flops(config, args)
     rate = work * args.per_device_train_batch_size / measured["seconds"] / 1e12
     share = f", so --mfu {rate / args.gpu_tflops:.3f}" if args.gpu_tflops else ""
     print(f"second step {measured['seconds']:.2f} s, {rate:.3f} TFLOP/s{share}")
@@ -716,7 +718,9 @@ def print_plan(config, args):
     print(format_plans(plans, args))
     chosen = next(((setting, way) for setting, way, _, fits in plans if fits), None)
     if chosen is None:
-        print("nothing fits: more GPUs, --gradient_checkpointing, fewer rows or tokens, or --optimizer zero_adafactor")
+        print(
+            "nothing fits: more GPUs, --activation_checkpointing, fewer rows or tokens, or --optimizer zero_adafactor"
+        )
         return 1
     setting, checkpointing = chosen
     print(f"fastest that fits: {setting[0]}{', checkpointing' if checkpointing else ''}")
