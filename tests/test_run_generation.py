@@ -18,8 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig
 
 import run_generation as script
-from conftest import ROOT, make_rows, run, run_warm, write_csv
-from test_clm_instruct import make_instructions, write_jsonl
+from conftest import ROOT, make_instructions, make_rows, run, run_warm, write_csv, write_jsonl
 
 SCRIPT = ROOT / "run_generation.py"
 
@@ -55,11 +54,7 @@ def make_generator(model_folder, data_folder, **decoding):
     table = write_csv(data_folder / "rows.csv", make_rows(3, 1))
     flags = [f"--{name}={json.dumps(value)}" for name, value in decoding.items()]
     argv = [str(w) for w in command(model_folder, table, data_folder / "never.csv", *flags)[1:]]
-    model_args, data_args, given = script.parse_generation_arguments(argv)
-    model, writer, prompts, config = script.load_generator(model_args, data_args, given)
-    generator = script.Generator(model, writer, prompts, config, data_args, counts=Counter())
-    script.share_sources(generator)
-    return generator
+    return script.load_generator(*script.parse_generation_arguments(argv))
 
 
 def make_odd_texts(count: int) -> list[str]:
@@ -82,7 +77,6 @@ def generate_all(generator, texts: list) -> list[list[int]]:
 def generate_alone(generator, texts: list) -> list[list[int]]:
     """transformers' own generate() on one row at a time."""
     model, results = generator.model, []
-    model.set_attn_implementation("sdpa")
     for ids in generator.prompts.encode(texts)[0]:
         prompt = torch.tensor([ids])
         output = model.generate(
@@ -113,20 +107,18 @@ METHODS = {
 @pytest.mark.parametrize("method", METHODS)
 def test_an_encoder_decoder_writes_in_batches_what_it_writes_row_by_row(trained, tmp_path, method):
     generator = make_generator(trained, tmp_path, **METHODS[method])
-    generator.data_args.max_tokens_per_batch = 2000
+    generator.max_tokens_per_batch = 2000
     texts = make_odd_texts(60)
     outputs = generate_all(generator, texts)
-    if "beams" in method:
-        assert generator.model.config._attn_implementation == "sdpa_by_row"
     assert outputs == generate_alone(generator, texts)
     if "repeats" not in method:
-        assert len({len(row) for row in outputs}) > 1  # so rows do leave their batch at different times
+        assert len({len(row) for row in outputs}) > 1  # so some rows end while others of their batch go on
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_causal_model_writes_in_batches_what_it_writes_row_by_row(llama, tmp_path, method):
     generator = make_generator(llama, tmp_path, **METHODS[method], max_new_tokens=24)
-    generator.data_args.max_tokens_per_batch = 3000
+    generator.max_tokens_per_batch = 3000
     texts = [row["instruction"] * (1 + i % 3) for i, row in enumerate(make_instructions(40, 9))]
     outputs = generate_all(generator, texts)
     assert outputs == generate_alone(generator, texts)
@@ -138,7 +130,6 @@ def test_an_assistant_model_changes_no_greedy_output(llama, tmp_path):
     texts = [row["instruction"] for row in make_instructions(12, 9)]
     expected = generate_all(generator, texts)
     generator.assistant = AutoModelForCausalLM.from_pretrained(llama).eval()
-    assert not script.can_decode(generator)
     assert generate_all(generator, texts) == expected
 
 
@@ -156,9 +147,9 @@ def test_a_sample_belongs_to_its_row_and_seed_and_not_to_its_batch(trained, tmp_
     generator = make_generator(trained, tmp_path, **SAMPLING[method])
     texts = [body for body, _, _ in make_rows(40, 9)]
     whole = generate_all(generator, texts)
-    generator.data_args.max_tokens_per_batch = 300
+    generator.max_tokens_per_batch = 300
     assert generate_all(generator, texts) == whole
-    generator.data_args.seed = 43
+    generator.seed = 43
     assert generate_all(generator, texts) != whole
 
 
@@ -172,6 +163,33 @@ def test_samples_have_the_probabilities_that_the_model_gives(trained, tmp_path):
     expected = logits.softmax(-1)
     found = torch.bincount(torch.tensor(drawn)[:, 0], minlength=len(expected)) / 4000
     assert (found - expected).abs().max() < 0.03  # four standard errors at most
+
+
+WARPED = {"temperature": 0.7, "top_h": 0.5, "top_k": 9, "top_p": 0.8, "min_p": 0.05, "typical_p": 0.8}
+WARPED |= {"epsilon_cutoff": 0.01, "eta_cutoff": 0.02}
+
+
+@pytest.mark.parametrize("given", [{}, *({name: value} for name, value in WARPED.items()), WARPED], ids=str)
+def test_a_sample_is_drawn_from_the_scores_that_generate_would_draw_from(trained, tmp_path, given):
+    generator = make_generator(trained, tmp_path, do_sample=True, **given)
+    (ids,), _ = generator.prompts.encode(["The lens is great."])
+    how = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True, "max_new_tokens": 1}
+    expected = generator.model.generate(torch.tensor([ids]), do_sample=True, **given, **how)
+    (scores,), warpers = expected.logits, script.RowSampling(generator.config, [0], 1, "cpu").warpers
+    for warp in warpers:
+        scores = warp(None, scores)
+    assert torch.equal(scores, expected.scores[0])
+    assert len(warpers) == len({"top_k": 50, **given})
+
+
+def test_no_flag_of_sampling_is_left_out():
+    flags = set()
+    for name in vars(GenerationConfig()):
+        try:
+            GenerationConfig(**{"do_sample": False, name: 0.5}).validate(strict=True)
+        except Exception as error:  # some fields take no number at all
+            flags |= {name} if f"`{name}`: `do_sample` is not set" in str(error) else set()
+    assert {"temperature", "min_p"} <= flags <= set(script.WARPERS)
 
 
 # ------------------------------------------------------------------------------------------------ the table
@@ -191,6 +209,7 @@ def test_every_column_and_the_order_are_kept_and_one_column_is_new(trained, tabl
     (tmp_path / "run_generation.py").write_text(SCRIPT.read_text())  # alone in an empty folder
     words = command(trained, table, "out.csv", "--max_source_length", "96", start="run_generation.py")
     done = run([sys.executable, *words], cwd=tmp_path)
+    assert "guards.py is not beside this script: bad input ends late" in done.stdout
     before, after = read_csv(table), read_csv(tmp_path / "out.csv")
     assert [{k: v for k, v in row.items() if k != "prediction"} for row in after] == before
     assert list(after[0]) == ["review_body", "review_headline", "product_id", "prediction"]
@@ -347,9 +366,9 @@ def test_a_group_is_joined_in_order_into_as_few_parts_as_fit(trained):
 
 def test_a_group_of_one_text_takes_one_round_with_the_output_of_the_text_alone(trained, tmp_path):
     generator = make_generator(trained, tmp_path, max_new_tokens=8)
-    generator.store = script.Store(tmp_path / "parts", {}, 0)
-    generator.store.open()
-    (result,) = script.summarise_groups(generator, {"P1": ["The lens is great."]})
+    store = script.Store(tmp_path / "parts", {}, 0)
+    store.open()
+    (result,) = script.summarise_groups(generator, store, {"P1": ["The lens is great."]})
     alone = generator.decode(generate_alone(generator, ["The lens is great."])[0])
     assert result == {"num_texts": 1, "num_rounds": 1, "num_cut": 0, "prediction": alone}
 
