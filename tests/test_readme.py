@@ -41,10 +41,12 @@ COMMANDS = [command for block in BLOCKS for command in block]
 
 
 def find_words(script: str) -> list[list[str]]:
-    """What stands after a script, in each command with it."""
-    split = [shlex.split(command) for command in COMMANDS]
-    paths = [next((word for word in words if Path(word).name == script), None) for words in split]
-    return [words[words.index(path) + 1 :] for words, path in zip(split, paths, strict=True) if path]
+    """What stands after a script, in each command that starts it."""
+    found = []
+    for words in map(shlex.split, COMMANDS):
+        places = [i for i, word in enumerate(words) if Path(word).name == script and words[i - 1] != "--script"]
+        found += [words[i + 1 :] for i in places]
+    return found
 
 
 # ------------------------------------------------------------------------------------------------ size
@@ -101,15 +103,14 @@ def test_every_generation_command_parses_and_its_decoding_flags_agree(words):
     args, _ = run_generation.make_parser().parse_known_args(words)
     names = {name for cls in run_generation.GENERATION_ARGUMENTS for name in cls.__dataclass_fields__}
     decoding = {name: value for name, value in vars(args).items() if name not in names}
-    assert run_generation.find_decoding_problems(decoding) == []
-    assert run_generation.find_zero3_problems(args.deepspeed) == []
+    assert guards.find_decoding_problems(decoding) == []
+    assert guards.find_zero3_problems(args.deepspeed) == []
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if any(f"{name} " in c for name in SCRIPTS)])
-def test_a_deepspeed_file_is_given_to_deepspeed_or_a_launcher(command):
+@pytest.mark.parametrize("command", [c for c in COMMANDS if re.match(r"(python|torchrun [-\w ]+) run_|deepspeed ", c)])
+def test_a_deepspeed_file_is_given_to_the_runner_of_deepspeed(command):
     words = shlex.split(command)
-    assert "launchers/" in command or ("--deepspeed" in words) == (words[0] == "deepspeed")
-    assert "launchers/" in command or (words[0] == "python" or "run_" in next(w for w in words if w.endswith(".py")))
+    assert ("--deepspeed" in words) == (words[0] == "deepspeed")
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("deepspeed ")])
@@ -266,6 +267,14 @@ def test_every_target_is_phony_on_a_line_of_its_group():
 # ------------------------------------------------------------------------------------------------ names in the text
 
 
+def test_the_readme_says_what_each_companion_is_for():
+    rows = dict(re.findall(r"^\| `(\w+\.py)` \| (.+) \|$", TEXTS["README.md"], re.M))
+    assert rows.keys() == run_summarization.ABSENT.keys()
+    for name, cells in rows.items():  # with the words in which the script says what its absence costs
+        cost = cells.split(" | ")[1].partition(",")[0].partition(";")[0].replace("`", "")
+        assert all(part in run_summarization.ABSENT[name] for part in cost.split(": ")[-1:]), cost
+
+
 def find_known_flags() -> set[str]:
     """Every flag of a script, a tool, a launcher, a benchmark, and of the two runners."""
     parsers = [HfArgumentParser(classes) for _, classes in TRAINING.values()] + [run_generation.make_parser()]
@@ -294,7 +303,7 @@ def test_every_decoding_flag_named_is_one():
 def test_the_defaults_named_are_those_of_the_script(name):
     page = {"run_summarization.py": "docs/summarization.md", "run_clm_instruct.py": "docs/instruct.md"}[name]
     parser = HfArgumentParser(TRAINING[name][1])
-    named = re.findall(r"^\| `--(\w+)` \| (\w+) \|", TEXTS[page], re.M)
+    named = re.findall(r"^\| `--(\w+)` \| ([\w.]+) \|", TEXTS[page], re.M)
     defaults = {"none": "None", "off": "False"}
     for flag, default in named:
         assert str(parser.get_default(flag)) == defaults.get(default, default), flag
@@ -307,7 +316,7 @@ FOLDERS = "ds_configs|launchers|data_prep|tools|docs|benchmarks|tests"
 @pytest.mark.parametrize("page", [*TEXTS, "RESULTS.md"])
 def test_every_file_named_exists(page):
     text = (ROOT / page).read_text(encoding="utf-8")
-    for path in re.findall(rf"\b(?:{FOLDERS})/\w+\.\w+", TEXTS.get(page, "")):  # results name files of their day
+    for path in re.findall(rf"\b(?:{FOLDERS})/\w+(?:\.\w+)+", TEXTS.get(page, "")):  # results name files of their day
         assert (ROOT / path).is_file(), path
     for link in re.findall(r"\]\(([^)]+)\)", text):
         path, _, anchor = link.partition("#")
