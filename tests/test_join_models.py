@@ -310,7 +310,7 @@ def message(place: Path, capsys, encoder: str, decoder: str, out: str = "new") -
 
 def test_a_half_that_is_no_model_folder_is_named_and_so_is_an_output_folder_in_use(place, capsys):
     told = message(place, capsys, "nowhere", ".", "gpt2")
-    assert len(told) == 3 and f"--output_dir {place}/gpt2: is not empty; nothing is overwritten" in told[0]
+    assert len(told) == 3 and f"--output_dir {place}/gpt2: not empty, nothing is overwritten" in told[0]
     assert told[1].startswith(f"error: --encoder_name_or_path {place}/nowhere: there is no such folder")
     assert told[2].startswith(f"error: --decoder_name_or_path {place}: the folder has no config.json")
 
@@ -356,12 +356,12 @@ def refusal(place: Path, *flags) -> str:
 
 
 def test_lengths_beyond_a_halfs_positions_are_refused(place):
-    told = refusal(place)
-    assert told == "--max_source_length 1024: the encoder has positions for 96 tokens; give --max_source_length 96"
-    told = refusal(place, "--max_source_length", "96")
-    assert told == "--max_target_length 128: the decoder has positions for 32 tokens; give --max_target_length 32"
-    told = refusal(place, *LENGTHS, "--generation_max_length", "33")
-    assert told.startswith("--generation_max_length 33: the decoder has positions for 32 tokens")
+    said = "the encoder has positions for 96 tokens; give that or less"
+    assert refusal(place) == f"--max_source_length 1024: {said}"
+    said = "the decoder has positions for 32 tokens; give that or less"
+    assert refusal(place, "--max_source_length", "96") == f"--max_target_length 128: {said}"
+    assert refusal(place, *LENGTHS, "--generation_max_length", "33") == f"--generation_max_length 33: {said}"
+    assert refusal(place, *LENGTHS, "--val_max_target_length", "33") == f"--val_max_target_length 33: {said}"
 
 
 def test_the_flags_of_the_training_script_that_joined_models_name_this_tool(place):

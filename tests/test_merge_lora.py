@@ -152,10 +152,8 @@ def test_no_adapter_and_a_folder_in_use_are_named_at_once_and_nothing_is_written
     (tmp_path / "full").mkdir()
     (tmp_path / "full/mine.txt").write_text("mine")
     told = message(place, "llama", tmp_path / "full", capsys)
-    assert (
-        told[0]
-        == f"error: --output_dir {tmp_path}/full: is not empty; nothing is overwritten, name another or empty it"
-    )
+    why = "not empty, nothing is overwritten; empty it or name another"
+    assert told[0] == f"error: --output_dir {tmp_path}/full: {why}"
     assert told[1].startswith(f"error: --adapter_dir {place}/llama: has no adapter_config.json")
     assert "there is no such folder" in message(place, "nowhere", tmp_path / "new", capsys)[0]
     assert [path.name for path in tmp_path.rglob("*")] == ["full", "mine.txt"]

@@ -69,7 +69,7 @@ def find_used(path):
     return used
 
 
-def describe(path):
+def describe_file(path):
     """Return what a file is for: the first line of its docstring, or the stage of a DeepSpeed file."""
     text = (ROOT / path).read_text(encoding="utf-8")
     if path.suffix == ".py":
@@ -138,7 +138,7 @@ def main(argv=None):
         print("".join(f"error: {problem}\n" for problem in problems), end="", file=sys.stderr)
         return 2
     for name in files:
-        print(f"{Path(args.to) / name}{'' if copy(name, args.to) else ' (was there)'}: {describe(name)}")
+        print(f"{Path(args.to) / name}{'' if copy(name, args.to) else ' (was there)'}: {describe_file(name)}")
     return 0
 
 

@@ -190,7 +190,7 @@ def parse_json(text, where):
         raise ValueError(f"{where}: not JSON ({error})") from error
 
 
-def read_rows(path):
+def load_rows(path):
     """Return a file's rows as a list of dicts; a .txt has one column, 'text'. ValueError on anything unreadable."""
     kind = ending(str(path))
     if kind == ".txt":
@@ -245,7 +245,7 @@ def read_texts(path, text_columns):
 
     ValueError when a wanted column is missing; it lists those there are.
     """
-    rows = read_rows(path)
+    rows = load_rows(path)
     columns = list(dict.fromkeys(name for row in rows for name in row if name))
     missing = [name for name in text_columns or [] if name not in columns]
     if missing and rows:

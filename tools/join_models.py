@@ -23,6 +23,7 @@ end token, without a start, which is what a decoder has to learn to write.
 
 import argparse
 import inspect
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -60,15 +61,21 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def check_output(output_dir):
-    """Return what is wrong with the folder to make, as a list of sentences."""
-    folder = Path(output_dir)
-    if folder.is_file():
-        return [f"--output_dir {folder}: is a file; name a folder"]
-    if folder.is_dir() and any(folder.iterdir()):
-        return [f"--output_dir {folder}: is not empty; nothing is overwritten, name another or empty it"]
-    blocker = next((parent for parent in folder.parents if parent.exists() and not parent.is_dir()), None)
-    return [f"--output_dir {folder}: {blocker} is a file, not a folder"] if blocker else []
+def nearest_folder(path):
+    """Return the path itself if it exists, else the nearest of its parents that does."""
+    return next((parent for parent in (path, *path.parents) if os.path.lexists(parent)), Path("."))
+
+
+def find_folder_problems(folder, must_be_empty=True):
+    """Return why files cannot be written into --output_dir, which may be absent, as a list of one sentence or none."""
+    nearest = nearest_folder(folder)
+    if not nearest.is_dir():
+        return [f"--output_dir {folder}: {nearest} is a file, not a folder; name another --output_dir"]
+    if not os.access(nearest, os.W_OK):
+        return [f"--output_dir {folder}: {nearest} may not be written to; name another --output_dir"]
+    if must_be_empty and nearest == folder and any(folder.iterdir()):
+        return [f"--output_dir {folder}: not empty, nothing is overwritten; empty it or name another"]
+    return []
 
 
 def read_half(flag, name, hub):
@@ -119,7 +126,7 @@ def check_decoder(config, tokenizer):
 
 def check_args(args):
     """Return (halves, problems): the two (configuration, tokenizer), and all that is wrong, before weights load."""
-    problems, halves = check_output(args.output_dir), []
+    problems, halves = find_folder_problems(Path(args.output_dir)), []
     for flag, check in (("encoder_name_or_path", check_encoder), ("decoder_name_or_path", check_decoder)):
         name = getattr(args, flag)
         try:
@@ -171,7 +178,7 @@ def make_target_tokenizer(tokenizer, max_length):
     )
 
 
-def count_positions(model):
+def find_position_limit(model):
     """Return the most tokens a model has positions for, None where it has no table of them."""
     tables = [m for name, m in model.named_modules() if name.endswith(("position_embeddings", "wpe"))]
     if tables and getattr(tables[0], "padding_idx", None) is not None:
@@ -234,14 +241,14 @@ def join(args, halves):
     model, drawn = load_joined(args, config)
     limits = []
     for half, known in ((model.encoder, tokenizer), (model.decoder, decoder_tokenizer)):
-        limits.append(min(count_positions(half) or known.model_max_length, known.model_max_length))
+        limits.append(min(find_position_limit(half) or known.model_max_length, known.model_max_length))
     tokenizer.model_max_length = limits[0]
     target_tokenizer = make_target_tokenizer(decoder_tokenizer, limits[1])
     set_up_model(model, tokenizer, target_tokenizer)
     return model, tokenizer, target_tokenizer, drawn
 
 
-def describe(args, model, tokenizer, target_tokenizer, drawn):
+def describe_joined(args, model, tokenizer, target_tokenizer, drawn):
     """Return the lines that say what was made."""
     reads, writes = (
         f"{known.model_max_length:,}" if known.model_max_length < 1e9 else "any number of"
@@ -273,7 +280,7 @@ def write_aside(folder, write):
 
 def main(argv=None):
     args = parse_args(argv)
-    transformers.utils.logging.set_verbosity_error()  # of weights not found describe() tells which
+    transformers.utils.logging.set_verbosity_error()  # of weights not found describe_joined() tells which
     transformers.utils.logging.disable_progress_bar()
     halves, problems = check_args(args)
     if not problems:
@@ -292,7 +299,7 @@ def main(argv=None):
         target_tokenizer.save_pretrained(folder / "decoder_tokenizer")
 
     write_aside(args.output_dir, write)
-    print("\n".join(describe(args, *joined)))
+    print("\n".join(describe_joined(args, *joined)))
     return 0
 
 

@@ -19,6 +19,7 @@ precision, so the merged model is not quite the one that was trained: the last l
 
 import argparse
 import json
+import os
 import shutil
 import sys
 import warnings
@@ -30,8 +31,6 @@ import transformers
 from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig
-
-DTYPES = ("float32", "bfloat16", "float16")
 
 # What the merged model is compared on.
 PROMPTS = (
@@ -52,7 +51,8 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--adapter_dir", required=True, help="Folder with adapter_config.json.")
     add("--output_dir", required=True, help="Folder to make; must be absent or empty.")
-    add("--merge_dtype", choices=DTYPES, default=None, help="Type of the merged weights. Default: the base's own.")
+    dtypes = ("float32", "bfloat16", "float16")
+    add("--merge_dtype", choices=dtypes, default=None, help="Type of the merged weights. Default: the base's own.")
     add("--model_name_or_path", default=None, help="The base, if not where adapter_config.json says.")
     add("--model_revision", default=None, help="Branch, tag or commit of a base on the hub. Default: the adapters'.")
     add("--cache_dir", default=None, help="Where downloads are kept.")
@@ -61,15 +61,21 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def check_output(output_dir):
-    """Return what is wrong with the folder to make, as a list of sentences."""
-    folder = Path(output_dir)
-    if folder.is_file():
-        return [f"--output_dir {folder}: is a file; name a folder"]
-    if folder.is_dir() and any(folder.iterdir()):
-        return [f"--output_dir {folder}: is not empty; nothing is overwritten, name another or empty it"]
-    blocker = next((parent for parent in folder.parents if parent.exists() and not parent.is_dir()), None)
-    return [f"--output_dir {folder}: {blocker} is a file, not a folder"] if blocker else []
+def nearest_folder(path):
+    """Return the path itself if it exists, else the nearest of its parents that does."""
+    return next((parent for parent in (path, *path.parents) if os.path.lexists(parent)), Path("."))
+
+
+def find_folder_problems(folder, must_be_empty=True):
+    """Return why files cannot be written into --output_dir, which may be absent, as a list of one sentence or none."""
+    nearest = nearest_folder(folder)
+    if not nearest.is_dir():
+        return [f"--output_dir {folder}: {nearest} is a file, not a folder; name another --output_dir"]
+    if not os.access(nearest, os.W_OK):
+        return [f"--output_dir {folder}: {nearest} may not be written to; name another --output_dir"]
+    if must_be_empty and nearest == folder and any(folder.iterdir()):
+        return [f"--output_dir {folder}: not empty, nothing is overwritten; empty it or name another"]
+    return []
 
 
 def read_adapter(folder):
@@ -92,7 +98,7 @@ def read_adapter(folder):
 
 def check_args(args):
     """Return (base's name, hub options, base's configuration, problems); no weights are loaded."""
-    problems = check_output(args.output_dir)
+    problems = find_folder_problems(Path(args.output_dir))
     try:
         settings = read_adapter(args.adapter_dir)
     except ValueError as error:
