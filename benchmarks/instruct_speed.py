@@ -3,12 +3,13 @@
 Training speed of run_clm_instruct.py --packing against the stock Trainer and TRL's SFTTrainer with packing.
 
     python benchmarks/instruct_speed.py --train_file data/train.jsonl --validation_file data/validation.jsonl
-    python benchmarks/instruct_speed.py --preset llama2-7b --bf16 --max_seq_length 4096 --sides trl ours ...
+    python benchmarks/instruct_speed.py --preset llama2-7b --precisions bf16 --max_seq_length 4096 --sides trl ours ...
 
-All sides get the same examples, cut and labelled alike, the same model, rows a batch and precision, in turns, each in
-a process of its own. The Trainer pads random batches; TRL (`pip install trl`; left out where it is missing) packs
-without keeping examples apart unless FlashAttention is there. Real tokens are those that are not padding; losses are
-on the same validation examples, unpacked, after the same number of steps (packed ones have seen more tokens by then).
+All sides get the same examples, cut and labelled alike, the same model and rows a batch, in turns, each in a process
+of its own; precisions and ratios are those of training_speed.py. The Trainer pads random batches; TRL (`pip install
+trl`; left out where it is missing) packs without keeping examples apart unless FlashAttention is there. Real tokens
+are those that are not padding; losses are on the same validation examples, unpacked, after the same number of steps
+(packed ones have seen more tokens by then).
 """
 
 import argparse
@@ -23,7 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from training_speed import make_clock, make_flags, measure_peak, print_table, take_turns  # noqa: E402
+from training_speed import PRECISIONS, make_clock, make_flags, measure_peak, print_table, take_turns  # noqa: E402
 
 SIDES = {
     "trainer": "random batches, padded (Trainer)",
@@ -45,11 +46,12 @@ def parse_arguments() -> argparse.Namespace:
     add("--steps", type=int, default=12, help="Steps a round; the first is not timed.")
     add("--rounds", type=int, default=3)
     add("--sides", nargs="+", default=list(SIDES), choices=SIDES)
-    add("--bf16", action="store_true", help="Autocast to bf16 on every side. Default: fp32.")
+    add("--precisions", nargs="+", default=list(PRECISIONS), choices=PRECISIONS, help="Rows of the table.")
     add("--optim", default="adamw_torch_fused", help="On every side.")
     add("--learning_rate", default="1e-3")
     add("--max_eval_rows", type=int, default=100)
-    add("--side", help=argparse.SUPPRESS)  # what a worker measures
+    add("--side", help=argparse.SUPPRESS)  # what a worker measures, and
+    add("--precision", choices=PRECISIONS, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -96,9 +98,7 @@ def train_stock(args: argparse.Namespace, folder: str) -> None:
         from trl import SFTConfig, SFTTrainer
 
         packed = ["--packing", "--max_length", str(args.max_seq_length), "--gradient_checkpointing", "false"]
-        (training_args,) = HfArgumentParser(SFTConfig).parse_args_into_dataclasses(
-            [*flags, *packed, "--bf16", str(args.bf16)]
-        )
+        (training_args,) = HfArgumentParser(SFTConfig).parse_args_into_dataclasses([*flags, *packed])
         SFTTrainer(model=model, args=training_args, train_dataset=splits["train"], processing_class=tokenizer).train()
 
 
@@ -121,8 +121,8 @@ def work(args: argparse.Namespace) -> None:
     """One side, one round; prints what it measured as JSON."""
     import transformers
 
-    def count(model, kwargs):
-        ids = kwargs["input_ids"]
+    def count(model, batch):
+        ids = batch["input_ids"]
         return int(ids.ne(model.config.pad_token_id).sum()), ids.numel()
 
     clock = make_clock(count)
@@ -134,16 +134,17 @@ def work(args: argparse.Namespace) -> None:
             run_clm_instruct.main([*make_arguments(args, f"{folder}/out"), "--packing"])
         else:
             train_stock(args, f"{folder}/out")
-        seconds = clock.ends[-1] - clock.ends[0]
-        counts = clock.counts[-(len(clock.ends) - 1) :]  # ours looks at two batches before the first step
-        tokens, positions = (sum(column) for column in zip(*counts, strict=True))
+        seconds, steps = clock.ends[-1] - clock.ends[0], len(clock.ends) - 1
+        tokens, positions = (sum(column) for column in zip(*clock.counts[1:], strict=True))
         weights = sum(p.numel() for n, p in clock.model.named_parameters() if "embed" not in n)
         result = {
+            "ran in": clock.ran_in,
             "tokens/s": tokens / seconds,
+            "CPU s/step": (clock.cpu[-1] - clock.cpu[0]) / steps,
             "real": tokens / positions,
             "peak GB": clock.peak,
             "TFLOP/s": 6 * weights * tokens / seconds / 1e12,
-            "matrix peak": measure_peak(args.bf16),
+            "matrix peak": measure_peak(clock.ran_in == "bf16"),
             "loss": measure_loss(clock.model, args, f"{folder}/again"),
         }
     print("RESULT " + json.dumps(result), flush=True)
@@ -184,15 +185,15 @@ def main() -> None:
             ]
             subprocess.run(tool, check=True, stdout=subprocess.DEVNULL)
             args.model_name_or_path = f"{folder}/model"
-        rounds = take_turns(__file__, args)
+        turns = take_turns(__file__, args)
     threads = os.environ.get("OMP_NUM_THREADS") or os.cpu_count()
     print(
         f"{args.preset} shape, {args.per_device_train_batch_size} rows of {args.max_seq_length} a batch, "
-        f"{'bf16' if args.bf16 else 'fp32'}, {args.steps} steps a round, {args.rounds} rounds, {threads} threads"
+        f"{args.steps} steps a round, {args.rounds} rounds, {threads} threads"
     )
     for side in args.sides:
         print(f"  {side}: {SIDES[side]}")
-    print(json.dumps(print_table(rounds, "tokens/s")))
+    print(json.dumps(print_table(turns, "tokens/s")))
 
 
 if __name__ == "__main__":
