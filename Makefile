@@ -166,7 +166,7 @@ copy:
 
 # ------------------------------------------------------------------------------------------------ benchmarks
 
-# Against the stock trainers, side by side; EXTRA="--preset t5-large --bf16 --steps 60" on a GPU.
+# Against the stock trainers, side by side; EXTRA="--preset t5-large --precisions bf16 --steps 60" on a GPU.
 bench-training: $(VENV)/.core
 	$(BIN)/python benchmarks/training_speed.py $(EXTRA)
 
