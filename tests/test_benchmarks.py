@@ -41,20 +41,22 @@ def test_the_fit_runs_all_three_optimizers(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_training_table_has_less_padding_and_the_loss_of_stock(tmp_path):
     command = [sys.executable, ROOT / "benchmarks/training_speed.py", "--preset", "tiny", "--rounds", "1"]
     command += ["--steps", "40", "--precisions", "fp32"]
-    results = json.loads(run(command, cwd=tmp_path).stdout.splitlines()[-1])
+    results = json.loads(run(command, cwd=tmp_path, timeout=880).stdout.splitlines()[-1])
     assert results["ours, fp32"]["real source"] > 0.9 > results["stock, fp32"]["real source"]
     assert results["ours, fp32"]["loss"] == pytest.approx(results["stock, fp32"]["loss"], rel=0.05)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_training_table_says_what_each_side_ran_in_and_compares_with_another_checkout(work, tmp_path):
     command = [sys.executable, ROOT / "benchmarks/training_speed.py", "--rounds", "1", "--steps", "3"]
     command += ["--train_file", work / "train.csv", "--validation_file", work / "validation.csv"]
     command += ["--model_name_or_path", work / "tiny-t5", "--sides", "before", "ours", "--before", ROOT]
-    results = json.loads(run(command, cwd=tmp_path).stdout.splitlines()[-1])
+    results = json.loads(run(command, cwd=tmp_path, timeout=880).stdout.splitlines()[-1])
     assert list(results) == [f"{side}, {p}" for p in ("defaults", "fp32", "bf16") for side in ("before", "ours")]
     by_default = "fp32"  # conftest.py sets ACCELERATE_MIXED_PRECISION
     assert [line["ran in"] for line in results.values()] == [by_default] * 2 + ["fp32"] * 2 + ["bf16"] * 2
