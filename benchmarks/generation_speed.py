@@ -17,7 +17,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from pathlib import Path
 
 import torch
@@ -65,12 +64,10 @@ def load_side(args: argparse.Namespace, dtype: str):
     argv += ["--text_column", args.text_column] if args.text_column else []
     model_args, data_args, decoding = script.parse_generation_arguments([str(word) for word in argv])
     table = script.load_table(data_args, model_args)
-    model, writer, prompts, config = script.load_generator(model_args, data_args, decoding)
-    generator = script.Generator(
-        script.place_model(model, model_args), writer, prompts, config, data_args, counts=Counter()
-    )
-    texts = [text for text in script.read_texts(table, data_args.text_column, prompts.is_chat) if text is not None]
-    return generator, prompts.encode(texts)[0]
+    generator = script.load_generator(model_args, data_args, decoding)
+    column = script.find_text_column(table.column_names, data_args)
+    texts = [text for text in script.read_texts(table, column, generator.prompts.is_chat) if text is not None]
+    return generator, generator.prompts.encode(texts)[0]
 
 
 def generate_by_eights(generator, ids: list[list[int]]) -> list[list[int]]:
@@ -107,13 +104,9 @@ def main() -> None:
         make_inputs(args, Path(folder))
         plain, ids = load_side(args, "float32")
         sides = {"by eights, fp32": (generate_by_eights, plain)}
-        ours = load_side(args, "float32")[0]
-        script.share_sources(ours)
-        sides["run_generation, fp32"] = (generate_ours, ours)
-        if torch.cuda.is_available() or script.has_cpu_bf16():
-            ours = load_side(args, "bfloat16")[0]
-            script.share_sources(ours)
-            sides["run_generation, bf16"] = (generate_ours, ours)
+        sides["run_generation, fp32"] = (generate_ours, plain)
+        if script.has_fast_bf16(use_cpu=not torch.cuda.is_available()):
+            sides["run_generation, bf16"] = (generate_ours, load_side(args, "bfloat16")[0])
         else:
             print("bf16 left out: this CPU has no instructions for it (AMX, AVX-512 BF16)")
         times, texts = {name: [] for name in sides}, {}

@@ -20,7 +20,8 @@ Serve it, on this machine only, and ask:
     curl http://127.0.0.1:5001/invocations -H 'Content-Type: application/json' \
         -d '{"dataframe_records": [{"text": "The lens is great."}], "params": {"max_new_tokens": 24, "num_beams": 4}}'
 
-This file is also the logged model's code: MLflow runs the copy of it that lies in the model, beside run_generation.py.
+This file is also the logged model's code: MLflow runs the copy of it that lies in the model, beside run_generation.py
+and its companion guards.py.
 """
 
 import argparse
@@ -31,7 +32,6 @@ import os
 import re
 import sys
 import threading
-from collections import Counter
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # run_generation.py; in a logged model it is found before
@@ -81,14 +81,12 @@ class TunedModel(mlflow.pyfunc.PythonModel if mlflow else object):
         """Load the model that travels in the artifacts; called once, when MLflow loads the model."""
         transformers_logging.set_verbosity_error()
         on_cpu = not rg.has_accelerator()
-        if on_cpu:
-            rg.prepare_cpu(None)
         folder = Path(next(iter(context.artifacts.values()))).parent
         model_args = rg.GenerationModelArguments(str(folder), use_cpu=on_cpu)
         data_args = rg.GenerationDataArguments(max_tokens_per_batch=8192 if on_cpu else 16384)
-        model, writer, prompts, config = rg.load_generator(model_args, data_args, {})
-        model = rg.place_model(model, model_args)
-        self.generator = rg.Generator(model, writer, prompts, config, data_args, counts=Counter())
+        if rg.guards:
+            rg.guards.start_ranks(model_args)
+        self.generator = rg.load_generator(model_args, data_args, {})
         self.lock = threading.Lock()  # the server answers requests in threads
 
     def predict(self, context, model_input: pd.DataFrame, params: dict | None = None) -> pd.DataFrame:
@@ -130,18 +128,15 @@ def plain(value):
 def generate(generator, texts: list, params: dict) -> list[str]:
     """A text each for the prompts, as run_generation.py would with these settings as flags. Raises UsageError."""
     decoding = {name: value for name, value in params.items() if value is not None}
-    seed = decoding.pop("seed", generator.data_args.seed)
-    problems = rg.find_decoding_problems(decoding)
+    seed = decoding.pop("seed", generator.seed)
+    problems = rg.guards.find_decoding_problems(decoding) if rg.guards else []
     if problems:
         raise rg.UsageError("; ".join(problems).replace("--", ""))
     prompts, model = generator.prompts, generator.model
     config = rg.make_generation_config(model, prompts.tokenizer, decoding)
-    prompts.limit = rg.find_source_limit(model, prompts.tokenizer, generator.data_args, config)
-    if prompts.limit < 1:
-        raise rg.UsageError(f"max_new_tokens {config.max_new_tokens}: the model has too few positions; ask for less")
-    data_args = dataclasses.replace(generator.data_args, seed=seed)
-    generator = dataclasses.replace(generator, config=config, data_args=data_args)
-    rg.share_sources(generator)
+    limit = rg.find_source_limit(model, prompts.tokenizer, rg.GenerationDataArguments(), config)
+    prompts = dataclasses.replace(prompts, limit=limit)
+    generator = dataclasses.replace(generator, prompts=prompts, config=config, seed=seed)
     wanted = [i for i, text in enumerate(texts) if text is not None]
     ids, _ = prompts.encode([texts[i] for i in wanted])
     outputs = [""] * len(texts)
@@ -191,7 +186,7 @@ def find_problems(args: argparse.Namespace) -> list[str]:
     folder = Path(args.model_dir)
     if not folder.is_dir():
         return [*problems, f"--model_dir {folder}: there is no such folder; give a training run's --output_dir"]
-    found = rg.find_folder_problems("--model_dir", str(folder.resolve()))
+    found = rg.guards.find_folder_problems("--model_dir", str(folder.resolve())) if rg.guards else []
     if not found and not list(folder.glob("*.safetensors")):
         found = [f"--model_dir {folder}: its weights are pickled (*.bin), which is not served; save it as safetensors"]
     return problems + found
@@ -251,7 +246,7 @@ def log_model(args: argparse.Namespace):
         return mlflow.pyfunc.log_model(
             name=args.name,
             python_model=str(Path(__file__).resolve()),
-            code_paths=[rg.__file__],
+            code_paths=[module.__file__ for module in (rg, rg.guards) if module],
             artifacts=find_artifacts(folder),
             signature=make_signature(is_chat),
             input_example=make_example(is_chat),

@@ -22,12 +22,12 @@ them. --group_by, --measure_latency and --deepspeed need all ranks at once and s
 """
 
 import argparse
+import dataclasses
 import json
 import logging
 import os
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -115,8 +115,7 @@ class Tokenise:
 
     def __init__(self, path: str, folder: str, prompts: dict):
         os.chdir(folder)
-        self.prompts = object.__new__(import_quietly(path).Prompts)
-        vars(self.prompts).update(prompts)
+        self.prompts = import_quietly(path).Prompts(**prompts)
 
     def __call__(self, batch: dict) -> dict:
         ids, cut = self.prompts.encode([json.loads(text) for text in batch["text"]])
@@ -135,10 +134,7 @@ class Generate:
             script.GenerationModelArguments(**model_args),
             script.GenerationDataArguments(**data_args),
         )
-        model, writer, prompts, config = script.load_generator(model_args, data_args, decoding)
-        model = script.place_model(model, model_args)
-        self.generator = script.Generator(model, writer, prompts, config, data_args, counts=Counter())
-        script.share_sources(self.generator)
+        self.generator = script.load_generator(model_args, data_args, decoding)
 
     def __call__(self, batch: dict) -> dict:
         ids, rows = [row.tolist() for row in batch["ids"]], batch["row"].tolist()
@@ -198,12 +194,14 @@ def generate(args: argparse.Namespace, script) -> None:
     check_slots(args)
     table = script.load_table(data_args, model_args)
     # Here the model is only looked at: what it takes and how it is prompted. Its errors show before a worker starts.
-    prompts = script.load_generator(model_args, data_args, decoding)[2]
-    texts = script.read_texts(table, data_args.text_column, prompts.is_chat)
+    text_column = script.find_text_column(table.column_names, data_args)
+    prompts = script.load_generator(dataclasses.replace(model_args, use_cpu=True), data_args, decoding).prompts
+    texts = script.read_texts(table, text_column, prompts.is_chat)
 
     output = Path(data_args.output_file)
     folder = output.with_name(output.name + ".parts")
-    store = script.Store(folder, script.describe_settings(table, model_args, data_args, decoding), rank=0)
+    describe = script.describe_settings(table, text_column, model_args, data_args, decoding)
+    store = script.Store(folder, describe, rank=0)
     store.open()
     if store.found:
         print(f"going on: {len(store.found)} outputs are in {folder}", flush=True)

@@ -28,7 +28,7 @@ In a notebook, from a table to a table:
 An --output_file of .csv, .jsonl or .parquet is one file that the driver writes, as run_generation.py would have; any
 other name is a folder into which the workers write Parquet files, in the rows' order. A Parquet folder is read by the
 workers. Other tables are read by the driver, as run_generation.py reads them, and have to fit into its memory.
-Workers need the model at the same path; this script and run_generation.py are sent to them.
+Workers need the model at the same path; this script, run_generation.py and its companion guards.py are sent to them.
 """
 
 import argparse
@@ -38,7 +38,6 @@ import os
 import re
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -96,11 +95,10 @@ def parse_spark_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str
 def read_flags(words: list[str]) -> dict:
     """run_generation.py's flags as they were given; its own checks come in find_generate_problems."""
     namespace = script.make_parser().parse_args(words)
-    names = {name for cls in script.GENERATION_ARGUMENTS for name in cls.__dataclass_fields__}
     if os.path.exists(namespace.model_name_or_path):
         namespace.model_name_or_path = os.path.abspath(namespace.model_name_or_path)
-    values = {name: value for name, value in vars(namespace).items() if name in names}
-    return {"values": values, "decoding": {n: v for n, v in vars(namespace).items() if n not in names}}
+    values, decoding = script.split_flags(namespace)
+    return {"values": values, "decoding": decoding}
 
 
 def find_generate_problems(args: argparse.Namespace, flags: dict) -> list[str]:
@@ -124,7 +122,11 @@ def find_generate_problems(args: argparse.Namespace, flags: dict) -> list[str]:
             problems.append(f"--output_file {values['output_file']}: exists and is kept; remove it, or name another")
         values["output_file"] = os.path.join(values["output_file"], "part.parquet")
     values["deepspeed"], values["measure_latency"] = None, 0
-    problems += script.find_generation_problems(argparse.Namespace(**values), flags["decoding"])
+    if script.guards:
+        try:
+            script.guards.check_generation(argparse.Namespace(**values), flags["decoding"], script.find_text_column)
+        except script.UsageError as error:
+            problems += str(error).split("\n")
     return problems + find_java_problems(args.timeout) + find_master_problems(args.master, args.timeout)
 
 
@@ -193,14 +195,9 @@ def load_once(frozen: str):
     transformers.utils.logging.disable_progress_bar()
     bar = script.tqdm
     script.tqdm = lambda *args, **settings: bar(*args, **{**settings, "disable": True})
-    model, writer, prompts, config = script.load_generator(model_args, data_args, flags["decoding"])
-    model = script.place_model(model, model_args)
-    generator = script.Generator(model, writer, prompts, config, data_args, store=Kept(), counts=Counter())
-    generator.assistant = script.load_assistant(model_args, model)
-    script.share_sources(generator)
-    print(
-        f"process {os.getpid()} of {os.uname().nodename}: model loaded on {model.device}", file=sys.stderr, flush=True
-    )
+    generator = script.load_generator(model_args, data_args, flags["decoding"])
+    where = f"process {os.getpid()} of {os.uname().nodename}"
+    print(f"{where}: model loaded on {generator.model.device}", file=sys.stderr, flush=True)
     return generator
 
 
@@ -271,8 +268,7 @@ def make_group_function(frozen: str):
     def generate(batches: Iterator[pd.Series]) -> Iterator[pd.DataFrame]:
         for lists in batches:
             generator = load_once(frozen)
-            generator.store = Kept()
-            results = script.summarise_groups(generator, {i: list(texts) for i, texts in enumerate(lists)})
+            results = script.summarise_groups(generator, Kept(), {i: list(texts) for i, texts in enumerate(lists)})
             yield pd.DataFrame(results, columns=list(GROUP_COLUMNS))
 
     return generate
@@ -324,12 +320,14 @@ def generate_table(table, flags: dict, num_partitions: int | None = None):
     from pyspark.sql import functions as F
 
     context = table.sparkSession.sparkContext
-    for path in (__file__, script.__file__, sys.modules["spark_train"].__file__):
-        context.addPyFile(str(path))
+    for module in (sys.modules["spark_train"], script, script.guards):
+        if module:
+            context.addPyFile(module.__file__)
+    context.addPyFile(__file__)
     values = dict(flags["values"])
     if ROW not in table.columns:
         table = table.withColumn(ROW, F.monotonically_increasing_id())
-    values["text_column"] = script.find_text_column(table.columns, values["text_column"])
+    values["text_column"] = script.find_text_column(table.columns, argparse.Namespace(**values))
     names = [values["text_column"]]
     if names == ["instruction"]:
         names += [name for name in ("context", "input") if name in table.columns]

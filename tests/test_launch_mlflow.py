@@ -14,11 +14,11 @@ from types import SimpleNamespace
 
 import pytest
 
+import guards
 import run_clm_instruct
 import run_generation
 import run_summarization
-from conftest import ROOT, make_rows, run, write_csv
-from test_clm_instruct import make_instructions, write_jsonl
+from conftest import ROOT, make_instructions, make_rows, run, write_csv, write_jsonl
 
 pytestmark = pytest.mark.launchers
 
@@ -211,12 +211,12 @@ def test_a_run_that_fails_is_marked_as_failed_at_exit(tmp_path, monkeypatch):
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     at_exit = []
-    monkeypatch.setattr(run_summarization.atexit, "register", lambda *call: at_exit.append(call))
+    monkeypatch.setattr(guards.atexit, "register", lambda *call: at_exit.append(call))
     args = SimpleNamespace(report_to=["mlflow"], run_name="broken", deepspeed=None)
     model = SimpleNamespace(config=SimpleNamespace(num_beams=4))
     trainer = SimpleNamespace(args=args, model=model, is_world_process_zero=lambda: True)
     own = SimpleNamespace(num_beams=2, train_file="a.csv", token="hf_secret")
-    run_summarization.start_tracking(trainer, own, SimpleNamespace())
+    guards.start_tracking(trainer, own, SimpleNamespace())
     mlflow.flush_async_logging()
     for function, *values in at_exit:
         if function is mlflow.end_run:
@@ -296,7 +296,7 @@ def test_the_logged_model_is_code_and_safetensors_with_signature_and_example(log
     info = mlflow.models.get_model_info(logged[1])
     folder = Path(mlflow.artifacts.download_artifacts(logged[1]))
     files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    assert {"mlflow_model.py", "code/run_generation.py", "input_example.json"} <= files
+    assert {"mlflow_model.py", "code/run_generation.py", "code/guards.py", "input_example.json"} <= files
     assert "artifacts/model.safetensors" in files
     kept_out = (".bin", ".pkl", ".pt", "predictions.jsonl", "_results.json", "trainer_state.json")
     assert not [name for name in files if name.endswith(kept_out) or "checkpoint-" in name]

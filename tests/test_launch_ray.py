@@ -21,7 +21,8 @@ import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, {str(ROOT)!r})
 import transformers
-from run_summarization import main, run_and_exit
+from guards import run_and_exit
+from run_summarization import main
 
 class Die(transformers.TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):
@@ -32,7 +33,7 @@ class Die(transformers.TrainerCallback):
 
 transformers.trainer.DEFAULT_CALLBACKS.append(Die)
 if __name__ == "__main__":
-    run_and_exit()
+    run_and_exit(main)
 """
 
 
