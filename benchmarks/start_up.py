@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 # What each needs of those before it is not counted again.
-LIBRARIES = ("torch", "datasets", "transformers.modeling_utils", "transformers.trainer", "evaluate", "deepspeed")
+LIBRARIES = ("torch", "datasets", "transformers.modeling_utils", "transformers.trainer", "deepspeed")
 
 
 def time_since_start() -> float:
