@@ -81,6 +81,7 @@ def test_the_merged_folder_is_the_adapted_model_by_itself(name, auto, place, tmp
     printed = capsys.readouterr().out
     assert f"base and adapters as one model: {tmp_path}/out, float32" in printed
     assert re.search(r"largest logit difference \d.*, 100.0% of \d+ greedy tokens equal", printed)
+    assert f"{name}-lora has no generation_config.json: the base's goes along" in printed
     tokenizers = [AutoTokenizer.from_pretrained(path) for path in (place / f"{name}-lora", tmp_path / "out")]
     assert tokenizers[0](TEXTS)["input_ids"] == tokenizers[1](TEXTS)["input_ids"]
 
@@ -106,13 +107,13 @@ def test_the_distance_counts_logits_and_the_tokens_that_stay_the_same():
     assert told == "largest logit difference 4, 75.0% of 4 greedy tokens equal"
 
 
-def test_template_and_generation_settings_of_the_adapters_go_along(place, tmp_path):
+def test_template_and_generation_settings_of_the_adapters_go_along(place, tmp_path, capsys):
     folder = make_adapter(tmp_path / "lora", place / "llama")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder)
     GenerationConfig(eos_token_id=[7, 2], pad_token_id=3).save_pretrained(folder)
-    assert merge(tmp_path, "lora", tmp_path / "out") == 0
+    assert merge(tmp_path, "lora", tmp_path / "out") == 0 and "the base's goes along" not in capsys.readouterr().out
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == TEMPLATE
     assert GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == [7, 2]
     assert "user: What is the capital" in tokenizer.decode(tool.encode_prompts(tokenizer)[0][0])

@@ -101,12 +101,12 @@ def read_half(flag, name, hub):
     return config, tokenizer
 
 
-def check_encoder(config, tokenizer):
+def find_encoder_problems(config, tokenizer):
     """Return what speaks against a model as the encoder, as a list of sentences."""
     return [] if tokenizer.pad_token else ["its tokenizer has no token to fill up short texts with"]
 
 
-def check_decoder(config, tokenizer):
+def find_decoder_problems(config, tokenizer):
     """Return what speaks against a model as the decoder, as a list of sentences."""
     known = AutoModelForCausalLM._model_mapping
     kind = known[type(config)] if type(config) in known else None
@@ -127,7 +127,8 @@ def check_decoder(config, tokenizer):
 def check_args(args):
     """Return (halves, problems): the two (configuration, tokenizer), and all that is wrong, before weights load."""
     problems, halves = find_folder_problems(Path(args.output_dir)), []
-    for flag, check in (("encoder_name_or_path", check_encoder), ("decoder_name_or_path", check_decoder)):
+    finders = {"encoder_name_or_path": find_encoder_problems, "decoder_name_or_path": find_decoder_problems}
+    for flag, find in finders.items():
         name = getattr(args, flag)
         try:
             config, tokenizer = read_half(flag, name, hub_options(args))
@@ -135,7 +136,7 @@ def check_args(args):
             problems.append(str(error))
             continue
         name_special_tokens(tokenizer)
-        problems += [f"--{flag} {name}: {problem}" for problem in check(config, tokenizer)]
+        problems += [f"--{flag} {name}: {problem}" for problem in find(config, tokenizer)]
         halves.append((config, tokenizer))
     return halves, problems
 
