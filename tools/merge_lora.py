@@ -129,7 +129,7 @@ def load_adapted(base, config, hub, adapter_dir, tokenizer):
     if (Path(adapter_dir) / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(adapter_dir)
     else:
-        print(f"{adapter_dir} has no generation_config.json: the base's goes along, which may not know its last tokens")
+        print(f"{adapter_dir} has no generation_config.json: the base's goes along; check its end tokens")
     return PeftModel.from_pretrained(model, adapter_dir).eval()
 
 
