@@ -165,15 +165,15 @@ def parse_value(text: str):
 def split_flags(args: argparse.Namespace) -> tuple[dict, dict]:
     """The parsed flags in two: the fields of the two dataclasses, and those of GenerationConfig that were given."""
     names = {name for cls in GENERATION_ARGUMENTS for name in cls.__dataclass_fields__}
-    decoding = {name: value for name, value in vars(args).items() if name not in names}
-    return {name: value for name, value in vars(args).items() if name in names}, decoding
+    values = {name: value for name, value in vars(args).items() if name in names}
+    return values, {name: value for name, value in vars(args).items() if name not in names}
 
 
 def parse_generation_arguments(argv: list[str]):
     """The two dataclasses and a dict of the decoding flags given; raises UsageError with everything that is wrong."""
     parser = make_parser()
     args = parser.parse_args(guards.read_arguments(parser, argv) if guards else argv)
-    args.use_cpu = args.use_cpu or not has_accelerator()
+    args.use_cpu = args.use_cpu or not torch.accelerator.is_available()
     args.local_rank = int(os.environ.get("LOCAL_RANK", args.local_rank))
     args.max_tokens_per_batch = args.max_tokens_per_batch or (8192 if args.use_cpu else 16384)
     values, decoding = split_flags(args)
@@ -181,11 +181,6 @@ def parse_generation_arguments(argv: list[str]):
         guards.check_generation(args, decoding, find_text_column)
         guards.start_ranks(args)
     return *parser.parse_dict(values), decoding
-
-
-def has_accelerator() -> bool:
-    """Whether torch sees a GPU or another device that the trainer would use."""
-    return torch.cuda.is_available() or (hasattr(torch, "accelerator") and torch.accelerator.is_available())
 
 
 def has_fast_bf16(use_cpu: bool) -> bool:
@@ -379,8 +374,9 @@ def load_generator(model_args, data_args, decoding: dict) -> Generator:
         auto = AutoModelForSeq2SeqLM if model.config.is_encoder_decoder else AutoModelForCausalLM
         how = {"dtype": model.dtype, "cache_dir": model_args.cache_dir}
         assistant = load_pretrained(auto, "assistant_model_name_or_path", assistant, **how).eval().to(model.device)
-    limits, synced = (data_args.max_tokens_per_batch, data_args.seed), model_args.deepspeed is not None
-    return Generator(model, target_tokenizer, prompts, config, *limits, assistant, synced)
+    limits = {"max_tokens_per_batch": data_args.max_tokens_per_batch, "seed": data_args.seed}
+    synced = model_args.deepspeed is not None
+    return Generator(model, target_tokenizer, prompts, config, **limits, assistant=assistant, synced=synced)
 
 
 def load_generating_model(model_args):

@@ -80,7 +80,7 @@ class TunedModel(mlflow.pyfunc.PythonModel if mlflow else object):
     def load_context(self, context) -> None:
         """Load the model that travels in the artifacts; called once, when MLflow loads the model."""
         transformers_logging.set_verbosity_error()
-        on_cpu = not rg.has_accelerator()
+        on_cpu = not rg.torch.accelerator.is_available()
         folder = Path(next(iter(context.artifacts.values()))).parent
         model_args = rg.GenerationModelArguments(str(folder), use_cpu=on_cpu)
         data_args = rg.GenerationDataArguments(max_tokens_per_batch=8192 if on_cpu else 16384)

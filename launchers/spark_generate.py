@@ -187,7 +187,7 @@ def load_once(frozen: str):
     name = values["model_name_or_path"]
     if os.path.isabs(name) and not os.path.isdir(name):
         raise UsageError(f"--model_name_or_path {name}: the worker {os.uname().nodename} does not see this folder")
-    values["use_cpu"] = values["use_cpu"] or not script.has_accelerator()
+    values["use_cpu"] = values["use_cpu"] or not script.torch.accelerator.is_available()
     if values["max_tokens_per_batch"] is None:
         values["max_tokens_per_batch"] = 8192 if values["use_cpu"] else 16384
     model_args, data_args = make_arguments(values)

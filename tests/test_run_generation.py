@@ -428,7 +428,7 @@ def test_wrong_files_are_named_with_the_way_out(refused, trained, tmp_path):
     (tmp_path / "empty.csv").write_text("")
     assert "the file is empty" in refused(input_file=tmp_path / "empty.csv")
     (tmp_path / "header.csv").write_text("text\n")
-    assert "the table holds no rows" in refused(input_file=tmp_path / "header.csv")
+    assert "the file holds no rows" in refused(input_file=tmp_path / "header.csv")
     (tmp_path / "model").mkdir()
     (tmp_path / "model/config.json").write_text((trained / "config.json").read_text())
     assert "the folder has no weights" in refused(model_name_or_path=tmp_path / "model")
