@@ -330,6 +330,9 @@ FAMILIES = {
     "plain_gpt": ("plain", GPT_TOKENS, "<|endoftext|>", ("gpt2",)),
 }
 NO_SYSTEM = ("mistral_v01", "gemma")
+# What stands between the prompt and a chat's last answer, and what closes that one where earlier ones end otherwise.
+OPENINGS = {"qwen3": "<think>\n\n</think>\n\n"}
+CLOSINGS = {"phi3": "<|end|><|endoftext|>"}
 # A tokenizer that puts BOS in front by itself, and for the first kind of a family one that does not.
 CASES = [
     (family, kind, adds_bos)
@@ -366,17 +369,20 @@ def make_simple(template: str = "plain", **tokens):
 # ------------------------------------------------------------------------------------------------ helpers
 
 
-def encode(tokenizer, row, data_format: str, columns: tuple, limit: int = 100_000, train_on_prompt: bool = False):
-    """One row through to_messages and encode_chat; a list is taken for a chat's turns."""
+def encode(tokenizer, row, data_format: str, columns: tuple, limit: int = 100_000, assistant_only_loss: bool = True):
+    """One row through encode_chats; a list is taken for a chat's turns. Raises RowError with the row's problem."""
     row = {columns[0]: row} if isinstance(row, list) else row
-    messages = clm.to_messages(row, data_format, columns)
-    segments = clm.cut_into_segments(messages, tokenizer, {})
-    return clm.encode_chat(segments, clm.Tokens(tokenizer, []), limit, train_on_prompt)
+    batch = {name: [row[name]] for name in columns}
+    encoded = clm.encode_chats(batch, tokenizer, data_format, columns, limit, assistant_only_loss)
+    encoded = {name: values[0] for name, values in encoded.items()}
+    if encoded["problem"]:
+        raise clm.RowError(encoded["problem"])
+    return encoded | {"prompt_length": find_spans(encoded["labels"])[-1][0] if assistant_only_loss else None}
 
 
 def encode_rows(tokenizer, rows, data_format: str, columns: tuple, limit: int = 100_000) -> Dataset:
     batch = {name: [row[name] for row in rows] for name in columns}
-    return Dataset.from_dict(clm.encode_chats(batch, tokenizer, data_format, columns, limit, False))
+    return Dataset.from_dict(clm.encode_chats(batch, tokenizer, data_format, columns, limit, True))
 
 
 @functools.lru_cache
@@ -384,9 +390,10 @@ def encode_questions(family: str, kind: str, adds_bos: bool) -> list[tuple[dict,
     """The questions of make_rows, each with its encoding."""
     tokenizer, _ = make_case(family, kind, adds_bos)
     batch = {name: [row[name] for row in QUESTIONS] for name in DOLLY[1]}
-    encoded = clm.encode_chats(batch, tokenizer, *DOLLY, 100_000, False)
+    encoded = clm.encode_chats(batch, tokenizer, *DOLLY, 100_000, True)
     assert set(encoded["problem"]) == {""}
     rows = [dict(zip(encoded, values, strict=True)) for values in zip(*encoded.values(), strict=True)]
+    rows = [row | {"prompt_length": find_spans(row["labels"])[-1][0]} for row in rows]
     return list(zip(QUESTIONS, rows, strict=True))
 
 
@@ -395,9 +402,10 @@ def encode_dialogues(family: str, kind: str, adds_bos: bool) -> list[tuple[list,
     """The chats of make_chats, stripped and up to their last answer, each with its encoding as it was before."""
     tokenizer, _ = make_case(family, kind, adds_bos)
     chats = make_chats(system=family not in NO_SYSTEM)
-    encoded = clm.encode_chats({"messages": chats}, tokenizer, *CHAT, 100_000, False)
+    encoded = clm.encode_chats({"messages": chats}, tokenizer, *CHAT, 100_000, True)
     assert set(encoded["problem"]) == {""}
     rows = [dict(zip(encoded, values, strict=True)) for values in zip(*encoded.values(), strict=True)]
+    rows = [row | {"prompt_length": find_spans(row["labels"])[-1][0]} for row in rows]
     chats = [[{"role": t["role"], "content": t["content"].strip()} for t in chat] for chat in chats]
     chats = [chat[:-1] if chat[-1]["role"] == "user" else chat for chat in chats]
     return list(zip(chats, rows, strict=True))
@@ -413,18 +421,27 @@ def find_spans(labels) -> list[tuple[int, int]]:
     return [(a + 1, b) for a, b in zip(edges, edges[1:], strict=False) if b > a + 1]
 
 
-def check_supervised(tokenizer, encoded, answers: list[str], stop: str) -> None:
-    """Every run of supervised tokens is an answer and its stop token, white space around the answer allowed."""
+def check_supervised(tokenizer, encoded, answers: list[str], stop: str, family: str = "") -> None:
+    """Every run of supervised tokens is an answer with its closing tokens; white space around the answer allowed."""
     ids, labels = encoded["input_ids"], encoded["labels"]
     assert len(ids) == len(labels) and labels[0] == -100
     assert all(label in (-100, token) for token, label in zip(ids, labels, strict=True))
-    texts = [decode(tokenizer, ids[a:b]) for a, b in find_spans(labels)]
-    assert [text[-len(stop) :] for text in texts] == [stop] * len(answers), texts
-    assert [text[: -len(stop)].strip() for text in texts] == [answer.strip() for answer in answers]
-    stop_id = tokenizer.convert_tokens_to_ids(stop)
-    assert [labels[b - 1] for _, b in find_spans(labels)] == [stop_id] * len(answers)
-    assert encoded["answers"] == encoded["stops"] == len(answers)
+    texts, closings = [decode(tokenizer, ids[a:b]) for a, b in find_spans(labels)], [stop] * len(answers)
+    closings[-1] = CLOSINGS.get(family, stop)
+    assert all(text.endswith(closing) for text, closing in zip(texts, closings, strict=True)), texts
+    wanted = [answer.strip() for answer in answers]
+    wanted[-1] = OPENINGS.get(family, "") + wanted[-1]
+    assert [t.removesuffix(closing).strip() for t, closing in zip(texts, closings, strict=True)] == wanted
+    stop_ids = [tokenizer(closing, add_special_tokens=False)["input_ids"][-1] for closing in closings]
+    assert [labels[b - 1] for _, b in find_spans(labels)] == stop_ids
+    assert encoded["answers"] == encoded["answers_with_stop"] == len(answers)
     assert encoded["reference"] == answers[-1].strip()
+
+
+def list_answers(chat: list[dict], family: str = "") -> list[str]:
+    """The answers of a chat that are supervised: mistral_last writes the system turn to the last question only."""
+    answers = [turn["content"] for turn in chat if turn["role"] == "assistant"]
+    return answers[-1:] if family == "mistral_last" and chat[0]["role"] == "system" else answers
 
 
 def check_bos(tokenizer, encoded, family: str, adds_bos: bool) -> None:
@@ -454,28 +471,30 @@ def prompt_ids(tokenizer, messages, **options) -> list[int]:
 # ------------------------------------------------------------------------------------------------ spans
 
 
-@pytest.mark.parametrize(("family", "kind", "adds_bos"), CASES)
+@pytest.mark.parametrize(("family", "kind", "adds_bos"), SINGLE)
 def test_of_a_question_exactly_the_answer_and_its_stop_token_are_supervised(family, kind, adds_bos):
     tokenizer, stop = make_case(family, kind, adds_bos)
     for row, encoded in encode_questions(family, kind, adds_bos):
-        check_supervised(tokenizer, encoded, [row["response"]], stop)
+        check_supervised(tokenizer, encoded, [row["response"]], stop, family)
         check_bos(tokenizer, encoded, family, adds_bos)
 
 
-@pytest.mark.parametrize(("family", "kind", "adds_bos"), CASES)
+@pytest.mark.parametrize(("family", "kind", "adds_bos"), SINGLE)
 def test_of_a_chat_every_answer_with_its_stop_token_is_supervised_and_no_other_turn(family, kind, adds_bos):
     tokenizer, stop = make_case(family, kind, adds_bos)
     for chat, encoded in encode_dialogues(family, kind, adds_bos):
-        check_supervised(tokenizer, encoded, [t["content"] for t in chat if t["role"] == "assistant"], stop)
+        answers = list_answers(chat, family)
+        check_supervised(tokenizer, encoded, answers, stop, family)
+        assert encoded["answers_unsupervised"] == len(list_answers(chat)) - len(answers)
         check_bos(tokenizer, encoded, family, adds_bos)
 
 
-@pytest.mark.parametrize(("family", "kind", "adds_bos"), [case for case in CASES if case[1] in ("gpt2", "llama3")])
+@pytest.mark.parametrize(("family", "kind", "adds_bos"), [case for case in SINGLE if case[1] in ("gpt2", "llama3")])
 def test_the_tokens_of_a_chat_decode_to_what_the_template_writes(family, kind, adds_bos):
     tokenizer, stop = make_case(family, kind, adds_bos)
     for chat, encoded in encode_dialogues(family, kind, adds_bos):
         text = tokenizer.apply_chat_template(chat, tokenize=False)
-        assert decode(tokenizer, encoded["input_ids"]) == text[: text.rindex(stop) + len(stop)]
+        assert decode(tokenizer, encoded["input_ids"]) == text.rstrip()
 
 
 def test_stop_tokens_are_supervised_where_pad_is_eos_is_bos():
@@ -485,39 +504,63 @@ def test_stop_tokens_are_supervised_where_pad_is_eos_is_bos():
     assert (encoded["labels"][0], encoded["labels"][-1]) == (-100, tokenizer.eos_token_id)
 
 
+TALK = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n\n{% endfor %}{{ 'assistant: ' if add_generation_prompt }}"
+)
+
+
 def test_a_template_without_a_stop_token_gets_eos_after_the_last_answer():
-    tokenizer = make_simple("{% for m in messages %}{{ m.role }}: {{ m.content }}\n\n{% endfor %}")
+    tokenizer = make_simple(TALK)
     encoded = encode(tokenizer, [{"role": "user", "content": "q"}, {"role": "assistant", "content": "yes"}], *CHAT)
     check_supervised(tokenizer, encoded, ["yes"], "</s>")
 
 
+@pytest.mark.parametrize("answer", ["</s>", "yes</s>", "</s></s>", "<|im_end|>", "yes<|im_end|>"])
+@pytest.mark.parametrize("template", [TALK, "chatml", "dolly"])
+def test_an_answer_that_ends_in_a_stop_token_is_closed_all_the_same(template, answer):
+    tokenizer = make_simple(template, **IM_TOKENS)
+    encoded = encode(tokenizer, [{"role": "user", "content": "q"}, {"role": "assistant", "content": answer}], *CHAT)
+    ((start, _),) = find_spans(encoded["labels"])
+    stop = "<|im_end|>" if template == "chatml" else "</s>"
+    assert decode(tokenizer, encoded["input_ids"][start:]) == answer + stop
+
+
+def test_what_a_template_without_generation_prompt_writes_before_an_answer_is_for_the_model_to_write():
+    tokenizer = make_simple(TALK.split("{{ 'assistant")[0])
+    encoded = encode(tokenizer, [{"role": "user", "content": "q"}, {"role": "assistant", "content": "yes"}], *CHAT)
+    assert encoded["source"] == "<s>user: q\n\n"
+    ((start, _),) = find_spans(encoded["labels"])
+    assert decode(tokenizer, encoded["input_ids"][start:]) == "assistant: yes</s>"
+
+
 def test_earlier_answers_without_a_stop_token_are_counted_as_such():
-    tokenizer = make_simple("{% for m in messages %}{{ m.role }}: {{ m.content }}\n\n{% endfor %}")
+    tokenizer = make_simple(TALK)
     chat = [{"role": role, "content": f"text {n}"} for n in range(3) for role in ("user", "assistant")]
     encoded = encode(tokenizer, chat, *CHAT)
-    assert (encoded["answers"], encoded["stops"]) == (3, 1)
+    assert (encoded["answers"], encoded["answers_with_stop"]) == (3, 1)
 
 
 def test_an_added_token_of_white_space_is_no_stop_token():
     """Gemma's "\\n\\n" and GPT-NeoX's runs of spaces are added tokens; a template may write them after an answer."""
-    tokenizer = make_simple("{% for m in messages %}{{ m.role }}: {{ m.content }}\n\n{% endfor %}", plain=("\n\n",))
+    tokenizer = make_simple(TALK, plain=("\n\n",))
     encoded = encode(tokenizer, [{"role": "user", "content": "q"}, {"role": "assistant", "content": "yes"}], *CHAT)
     check_supervised(tokenizer, encoded, ["yes"], "</s>")
 
 
-def test_stop_tokens_that_the_tokenizer_does_not_know_are_left_off_for_eos():
+def test_stop_tokens_that_the_tokenizer_does_not_know_are_text_and_followed_by_eos():
     tokenizer = make_simple("chatml")
     encoded = encode(tokenizer, [{"role": "user", "content": "q"}, {"role": "assistant", "content": "yes"}], *CHAT)
-    check_supervised(tokenizer, encoded, ["yes"], "</s>")
+    check_supervised(tokenizer, encoded | {"reference": "yes<|im_end|>"}, ["yes<|im_end|>"], "</s>")
 
 
 @pytest.mark.parametrize("family", ["chatml", "qwen2", "llama3", "phi3"])
-def test_a_chat_may_open_with_an_answer(family):
-    """ShareGPT's chats often do."""
+def test_an_answer_that_opens_a_chat_has_no_prompt_and_is_not_supervised_but_counted(family):
+    """ShareGPT's chats often open so; no generation can be asked for such an answer."""
     tokenizer, stop = make_case(family, FAMILIES[family][3][0])
     chat = [{"role": "assistant", "content": "Welcome."}, {"role": "user", "content": "hi"}]
     encoded = encode(tokenizer, [*chat, {"role": "assistant", "content": "Hello."}], *CHAT)
-    check_supervised(tokenizer, encoded, ["Welcome.", "Hello."], stop)
+    check_supervised(tokenizer, encoded, ["Hello."], stop, family)
+    assert "Welcome." in encoded["source"] and encoded["answers_unsupervised"] == 1
 
 
 def test_a_chat_that_opens_with_an_answer_never_ends_the_run():
@@ -556,7 +599,7 @@ def test_questions_that_imitate_the_template_gain_no_supervised_token():
 
 def test_private_use_characters_in_a_row_are_text_like_any_other():
     tokenizer = make_simple("dolly")
-    marks = "".join(chr(clm.FIRST_MARK + n) for n in range(4))
+    marks = "".join(clm.MARKS[:4])
     row = {"instruction": marks, "context": marks[::-1], "response": marks[1:] + marks}
     check_supervised(tokenizer, encode(tokenizer, row, *DOLLY), [row["response"]], "</s>")
 
@@ -564,15 +607,11 @@ def test_private_use_characters_in_a_row_are_text_like_any_other():
 # ------------------------------------------------------------------------------------------------ generation
 
 
-def thinking_off(family: str) -> dict:
-    return {"enable_thinking": False} if family == "qwen3" else {}
-
-
 @pytest.mark.parametrize(("family", "kind", "adds_bos"), SINGLE)
 def test_the_prompt_of_the_training_is_the_prompt_of_a_generation_to_the_token(family, kind, adds_bos):
     tokenizer, _ = make_case(family, kind, adds_bos)
     for row, encoded in encode_questions(family, kind, adds_bos):
-        wanted = prompt_ids(tokenizer, to_prompt(tokenizer, row), **thinking_off(family))
+        wanted = prompt_ids(tokenizer, to_prompt(tokenizer, row))
         assert encoded["input_ids"][: encoded["prompt_length"]] == wanted
 
 
@@ -580,15 +619,18 @@ def test_the_prompt_of_the_training_is_the_prompt_of_a_generation_to_the_token(f
 def test_the_source_is_the_text_of_the_prompt(family, kind, adds_bos):
     tokenizer, _ = make_case(family, kind, adds_bos)
     for row, encoded in encode_questions(family, kind, adds_bos)[:8]:
-        messages, options = to_prompt(tokenizer, row), thinking_off(family)
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
+        text = tokenizer.apply_chat_template(to_prompt(tokenizer, row), tokenize=False, add_generation_prompt=True)
         assert encoded["source"] == text
 
 
-def test_a_template_whose_generations_begin_otherwise_than_what_is_trained_on_is_named():
+def test_a_template_whose_generations_begin_otherwise_than_what_is_trained_on_is_refused_with_both_endings():
     tokenizer, _ = make_case("think_prompt", "qwen", False)
-    assert "<think>" in clm.find_prompt_gap(tokenizer).split(" in training, ")[1]
-    assert clm.find_prompt_gap(make_case("chatml", "qwen", False)[0]) is None
+    problems = set(encode_rows(tokenizer, QUESTIONS, *DOLLY)["problem"])
+    assert problems == {encode_rows(tokenizer, [{"messages": make_chats(2)[1]}], *CHAT)["problem"][0]}
+    (said,) = problems
+    assert said.startswith("the template's generation prompt ends with ")
+    assert r"|im_start|>assistant\n<think>\n\n</think>\n\n', the text before an answer with '" in said
+    assert said.endswith(r"<|im_start|>assistant\n'")
 
 
 @pytest.mark.parametrize(("family", "kind", "adds_bos"), [case for case in SINGLE if case[0] not in NO_SYSTEM])
@@ -601,7 +643,7 @@ def test_the_prompt_of_a_question_after_a_system_turn_is_that_of_a_generation(fa
             for role, text in zip(("system", "user", "assistant"), texts, strict=True)
         ]
         encoded = encode(tokenizer, chat, *CHAT)
-        wanted = prompt_ids(tokenizer, chat[:-1], **thinking_off(family))
+        wanted = prompt_ids(tokenizer, chat[:-1])
         assert encoded["input_ids"][: encoded["prompt_length"]] == wanted
 
 
@@ -618,7 +660,7 @@ LATER = [
 def test_the_prompt_of_a_later_question_is_that_of_a_generation_too(family, kind, adds_bos):
     tokenizer, _ = make_case(family, kind, adds_bos)
     for chat, encoded in encode_dialogues(family, kind, adds_bos)[:12]:
-        wanted = prompt_ids(tokenizer, chat[:-1], **thinking_off(family))
+        wanted = prompt_ids(tokenizer, chat[:-1])
         assert encoded["input_ids"][: encoded["prompt_length"]] == wanted
 
 
@@ -742,28 +784,30 @@ LETTER_CHAT = [
 ]
 
 
+CUTS = ("cut_exchanges", "cut_context", "cut_answer")
+
+
+def list_cuts(encoded) -> list[str]:
+    return [name.removeprefix("cut_") for name in CUTS if encoded[name]]
+
+
 @pytest.mark.parametrize("limit", range(24, 0, -1))
-def test_too_long_questions_lose_context_then_prompt_then_the_answers_tail(limit):
-    tokenizer, over = make_letters(), max(0, 23 - limit)  # BOS < 5 | 7 > 6 EOS
-    assert len(encode(tokenizer, LETTER_ROW, *DOLLY)["input_ids"]) == 23
-    context, prompt = 7 - min(over, 7), 5 - min(max(over - 7, 0), 5)
-    lost = max(0, over - 12)
-    kept = (
-        "<s><" + "p" * prompt + "|" + "c" * context + ">",
-        "a" * max(0, 6 - max(lost - 1, 0)),
-        "</s>" * (lost == 0),
-    )
-    if limit <= 4:  # BOS < | >
+def test_too_long_questions_lose_the_contexts_end_and_then_the_answers_tail_but_never_the_question(limit):
+    tokenizer = make_letters()
+    assert len(encode(tokenizer, LETTER_ROW, *DOLLY)["input_ids"]) == 23  # BOS <5 |7 >6 EOS
+    if limit <= 8:  # BOS <5 >
         with pytest.raises(clm.RowError, match="no room for an answer in --max_seq_length"):
             encode(tokenizer, LETTER_ROW, *DOLLY, limit=limit)
         return
+    context, answer = "c" * max(min(limit - 16, 7), 0), ("a" * 6)[: limit - 8] + "</s>" * (limit >= 15)
+    prompt = "<s><ppppp" + ("|" + context if context else "") + ">"
     encoded = encode(tokenizer, LETTER_ROW, *DOLLY, limit=limit)
-    assert decode(tokenizer, encoded["input_ids"]) == "".join(kept)
-    assert len(encoded["input_ids"]) == min(23, limit) == len(encoded["labels"])
-    assert encoded["cut"] == ("answer" if lost else "prompt" if over > 7 else "context" if over else "")
-    assert encoded["stops"] == (lost == 0)
-    assert decode(tokenizer, [i for i in encoded["labels"] if i != -100]) == kept[1] + kept[2]
-    assert decode(tokenizer, encoded["input_ids"][: encoded["prompt_length"]]) == kept[0]
+    assert decode(tokenizer, encoded["input_ids"]) == prompt + answer
+    assert encoded["source"] == prompt
+    assert len(encoded["labels"]) == len(encoded["input_ids"]) <= limit
+    assert decode(tokenizer, [i for i in encoded["labels"] if i != -100]) == answer
+    assert list_cuts(encoded) == ["context"] * (limit < 23) + ["answer"] * (limit < 15)
+    assert encoded["answers_with_stop"] == (limit >= 15)
 
 
 @pytest.mark.parametrize(
@@ -771,34 +815,36 @@ def test_too_long_questions_lose_context_then_prompt_then_the_answers_tail(limit
     [
         (26, "<s><ppp|PP>aaa</s><qqq|QQ>bbb</s>", ""),
         (25, "<s><ppp|PP>aaa</s><qqq|QQ>bbb</s>", ""),
-        (24, "<s><ppp|P>aaa</s><qqq|QQ>bbb</s>", "context"),
-        (22, "<s><ppp|>aaa</s><qqq|Q>bbb</s>", "context"),
-        (21, "<s><ppp|>aaa</s><qqq|>bbb</s>", "context"),
-        (20, "<s><pp|>aaa</s><qqq|>bbb</s>", "prompt"),
-        (16, "<s><|>aaa</s><q|>bbb</s>", "prompt"),
-        (15, "<s><|>aaa</s><|>bbb</s>", "prompt"),
-        (14, "<s><|>aaa</s><|>bbb", "answer"),
-        (12, "<s><|>aaa</s><|>b", "answer"),
-        (7, "<s><|>aaa", "answer"),
-        (5, "<s><|>a", "answer"),
+        (24, "<s><qqq|QQ>bbb</s>", "exchanges"),
+        (13, "<s><qqq|QQ>bbb</s>", "exchanges"),
+        (12, "<s><qqq|Q>bbb</s>", "exchanges context"),
+        (11, "<s><qqq>bbb</s>", "exchanges context"),
+        (10, "<s><qqq>bbb</s>", "exchanges context"),
+        (9, "<s><qqq>bbb", "exchanges context answer"),
+        (7, "<s><qqq>b", "exchanges context answer"),
     ],
 )
-def test_too_long_chats_lose_the_oldest_context_first_and_then_the_oldest_prompt(limit, left, cut):
+def test_too_long_chats_lose_whole_exchanges_from_the_front_first(limit, left, cut):
     tokenizer = make_letters()
     encoded = encode(tokenizer, LETTER_CHAT, *CHAT, limit=limit)
-    assert len(encoded["input_ids"]) == min(limit, 25)
     assert decode(tokenizer, encoded["input_ids"]) == left
-    assert encoded["cut"] == cut
-    answers = 2 if "b" in left else 1
-    assert (encoded["answers"], encoded["answers_lost"]) == (answers, 2 - answers)
-    assert encoded["stops"] == left.count("</s>")
-    assert encoded["reference"] == {1: "aaa", 2: "bbb"}[answers] and encoded["prompt_length"] < len(left)
+    assert list_cuts(encoded) == cut.split()
+    assert (encoded["answers"], encoded["answers_cut_off_whole"]) == (1 + ("a" in left), 0)
+    assert encoded["answers_with_stop"] == left.count("</s>")
+    assert encoded["reference"] == "bbb" and encoded["source"].endswith(
+        "<qqq" + left.split("<qqq")[1].split(">")[0] + ">"
+    )
 
 
-@pytest.mark.parametrize(("family", "kind", "adds_bos"), CASES[::7])
+def test_a_chat_whose_last_question_leaves_no_room_is_left_out():
+    with pytest.raises(clm.RowError, match="no room for an answer in --max_seq_length"):
+        encode(make_letters(), LETTER_CHAT, *CHAT, limit=6)
+
+
+@pytest.mark.parametrize(("family", "kind", "adds_bos"), SINGLE[::7])
 def test_no_row_is_longer_than_the_limit_and_an_answer_that_is_cut_has_no_stop_token(family, kind, adds_bos):
     tokenizer, stop = make_case(family, kind, adds_bos)
-    stop_id, seen = tokenizer.convert_tokens_to_ids(stop), Counter()
+    seen = Counter()
     long = {"instruction": "How many?\n1, 2 or 3?", "context": "facts " * 25, "response": "3 lenses: 日本 'x' 🙂."}
     for row in [long, *make_rows(8, seed=9)]:
         whole = encode(tokenizer, row, *DOLLY)
@@ -811,38 +857,64 @@ def test_no_row_is_longer_than_the_limit_and_an_answer_that_is_cut_has_no_stop_t
                 assert str(error) == "no room for an answer in --max_seq_length"
                 seen["no room"] += 1
                 continue
-            seen[encoded["cut"]] += 1
+            cuts = list_cuts(encoded)
+            seen.update(cuts or ["nothing"])
             supervised = [label for label in encoded["labels"] if label != -100]
             full = [label for label in whole["labels"] if label != -100]
-            assert len(encoded["input_ids"]) == len(encoded["labels"]) == min(limit, total)
+            assert len(encoded["input_ids"]) == len(encoded["labels"]) <= limit
             assert supervised == full[: len(supervised)] and supervised
-            assert (encoded["cut"] == "") == (limit >= total)
-            assert (encoded["cut"] == "answer") == (len(supervised) < len(full))
-            assert (encoded["stops"] == 1) == (supervised[-1] == stop_id) == (len(supervised) == len(full))
+            assert (cuts == []) == (limit >= total)
+            assert ("answer" in cuts) == (len(supervised) < len(full))
+            assert (encoded["answers_with_stop"] == 1) == (len(supervised) == len(full))
+            assert row["instruction"].strip() in encoded["source"]
             assert encoded["prompt_length"] + len(supervised) == len(encoded["labels"])
-    assert {"no room", "", "prompt", "answer"} <= set(seen)
+            if "answer" in cuts:
+                assert len(encoded["labels"]) == limit and "facts" not in encoded["source"]
+    assert {"no room", "nothing", "context", "answer"} <= set(seen)
 
 
-def test_the_template_and_the_system_turn_stay_whole_until_the_answer_is_cut():
-    tokenizer, _ = make_case("chatml", "llama3", False)
-    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "word " * 50}]
-    encoded = encode(tokenizer, [*chat, {"role": "assistant", "content": "Yes."}], *CHAT, limit=60)
-    text = decode(tokenizer, encoded["input_ids"])
-    assert text.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nword word")
-    assert text.endswith("<|im_end|>\n<|im_start|>assistant\nYes.<|im_end|>")
+@pytest.mark.parametrize("family", ["chatml", "llama3", "dolly", "llama2_built_in", "zephyr"])
+def test_every_answer_that_is_trained_on_has_its_whole_question_and_the_system_turn_before_it(family):
+    tokenizer, _ = make_case(family, "llama3")
+    for chat, whole in encode_dialogues(family, "llama3", True):
+        for limit in range(12, len(whole["input_ids"]), 9):
+            try:
+                encoded = encode(tokenizer, chat, *CHAT, limit=limit)
+            except clm.RowError:
+                continue
+            text = decode(tokenizer, encoded["input_ids"])
+            left = encoded["answers"]
+            turns = [turn["content"] for turn in chat[-2 * left :]] + [chat[0]["content"]] * (
+                chat[0]["role"] == "system"
+            )
+            assert all(turn in text for turn in turns[: 2 * left - 1] + turns[2 * left :])
+            assert (turns[2 * left - 1] in text) or encoded["cut_answer"]
+            assert encoded["cut_exchanges"] == (left < len(list_answers(chat)))
+
+
+def test_exchanges_go_as_few_as_are_enough():
+    chat = [{"role": "system", "content": "S"}]
+    for letter in "abcdef":
+        chat += [{"role": "user", "content": letter * 3}, {"role": "assistant", "content": letter.upper() * 3}]
+    tokenizer = make_simple("chatml", **IM_TOKENS)
+    whole = len(encode(tokenizer, chat, *CHAT)["input_ids"])
+    each = whole - len(encode(tokenizer, chat[:-2], *CHAT)["input_ids"])
+    for lost in range(6):
+        for limit in (whole - lost * each, whole - lost * each + each - 1):
+            encoded = encode(tokenizer, chat, *CHAT, limit=limit)
+            assert encoded["answers"] == 6 - lost and "S<|im_end|>" in encoded["source"]
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama3", "gemma"])
-@pytest.mark.parametrize("part", ["context", "instruction"])
-def test_the_template_stays_whole_where_a_token_ends_a_part_and_starts_the_templates_text(kind, part):
+def test_the_template_stays_whole_where_a_token_ends_the_context_and_starts_the_templates_text(kind):
     """Llama-3 has one token for "?\\n\\n"."""
     tokenizer, _ = make_case("dolly", kind, True)
-    row = {"instruction": "What?", "context": "These facts?", "response": "Yes.", part: "word " * 40 + "why?"}
+    row = {"instruction": "What?", "context": "These facts? " + "word " * 40 + "why?", "response": "Yes."}
     total = len(encode(tokenizer, row, *DOLLY)["input_ids"])
-    for lost in range(15, 30):
+    for lost in range(1, 30):
         text = decode(tokenizer, encode(tokenizer, row, *DOLLY, limit=total - lost)["input_ids"])
-        assert "\n\n### Instruction:\n" in text and text.endswith("\n\n### Response:\nYes.</s>")
-        assert "\n\nInput:\n" in text
+        assert "\n\n### Instruction:\nWhat?\n\nInput:\nThese" in text
+        assert text.endswith("\n\n### Response:\nYes.</s>")
 
 
 # ------------------------------------------------------------------------------------------------ rows left out
@@ -925,7 +997,9 @@ def test_a_family_without_system_turns_keeps_the_rows_without_one(family, kind, 
 def test_a_template_that_writes_the_system_turn_only_without_an_answer_leaves_such_rows_out():
     tokenizer = make_simple(MISTRAL_END)
     rows = encode_rows(tokenizer, [{"messages": chat} for chat in make_chats()], *CHAT)
-    assert rows["problem"][:] == ["", "the template leaves out the system turn"] * 17
+    assert rows["problem"][::2] == [""] * 17
+    said = "the template writes a conversation otherwise when it asks for the answer than when the answer is there"
+    assert set(rows["problem"][1::2]) <= {said, "the template leaves out the system turn"}
 
 
 def test_one_bad_row_does_not_touch_its_neighbours():
@@ -985,13 +1059,13 @@ def test_without_a_context_the_prompt_has_no_place_for_one(columns):
 
 
 @pytest.mark.parametrize("family", ["dolly", "chatml", "llama2_built_in"])
-def test_train_on_prompt_supervises_every_token_but_the_first(family):
+def test_without_assistant_only_loss_every_token_but_the_first_is_supervised(family):
     tokenizer, _ = make_case(family, "llama3")
     for chat in make_chats(12):
-        answers, everything = (encode(tokenizer, chat, *CHAT, train_on_prompt=on) for on in (False, True))
+        answers, everything = (encode(tokenizer, chat, *CHAT, assistant_only_loss=on) for on in (True, False))
         assert everything["labels"] == [-100, *everything["input_ids"][1:]]
         assert everything["input_ids"] == answers["input_ids"]
-        assert everything["prompt_length"] == answers["prompt_length"]
+        assert everything["source"] == answers["source"]
 
 
 # ------------------------------------------------------------------------------------------------ plain text
@@ -1044,51 +1118,6 @@ def test_plain_text_passes_the_audit(adds_bos, capsys):
     assert clm.find_audit_problems(counts) == []
 
 
-# ------------------------------------------------------------------------------------------------ packing
-
-
-def first_fit_decreasing(lengths, capacity) -> int:
-    """Number of bins of the textbook's first fit, longest first."""
-    rooms = []
-    for length in sorted(lengths, reverse=True):
-        fit = next((i for i, room in enumerate(rooms) if room >= length), None)
-        if fit is None:
-            rooms.append(capacity)
-            fit = len(rooms) - 1
-        rooms[fit] -= length
-    return len(rooms)
-
-
-def check_bins(bins, lengths, capacity) -> None:
-    assert sorted(i for chosen in bins for i in chosen) == list(range(len(lengths)))
-    assert all(0 < sum(lengths[i] for i in chosen) <= capacity for chosen in bins)
-
-
-@pytest.mark.parametrize("seed", range(40))
-def test_packing_holds_every_row_once_and_needs_no_more_bins_than_first_fit_decreasing(seed):
-    dice = random.Random(seed)
-    capacity = dice.choice((1, 2, 10, 64, 100, 512, 1024))
-    longest = dice.choice((capacity, max(1, capacity // 2), max(1, capacity // 5)))
-    lengths = [min(longest, max(1, int(dice.lognormvariate(3, 1)))) for _ in range(dice.randint(0, 300))]
-    bins = clm.pack_lengths(lengths, capacity)
-    check_bins(bins, lengths, capacity)
-    assert len(bins) <= first_fit_decreasing(lengths, capacity)
-
-
-def test_packing_fills_bins_to_the_last_token():
-    assert clm.pack_lengths([3, 7, 5, 5, 1, 9], 10) == [[5, 4], [1, 0], [2, 3]]
-    assert clm.pack_lengths([10, 10], 10) == [[0], [1]]
-    assert clm.pack_lengths([], 10) == []
-
-
-def test_packing_a_hundred_thousand_rows_leaves_under_a_hundredth_empty():
-    dice = random.Random(0)
-    lengths = [min(1024, max(8, int(dice.lognormvariate(5, 0.8)))) for _ in range(100_000)]
-    bins = clm.pack_lengths(lengths, 1024)
-    check_bins(bins, lengths, 1024)
-    assert sum(lengths) > 0.99 * 1024 * len(bins)
-
-
 # ------------------------------------------------------------------------------------------------ audit
 
 
@@ -1129,10 +1158,10 @@ def test_the_counts_of_a_split_are_those_of_its_rows():
     rows += [{**LETTER_ROW, "context": "c" * n} for n in (8, 20)] + [{**LETTER_ROW, "response": "a" * 60}]
     counts = clm.count_split(encode_rows(tokenizer, rows, *DOLLY, limit=23), True)
     assert counts == {
-        **{"rows": 7, "used": 6, "left_out": 1, "cut_context": 2, "cut_prompt": 0, "cut_answer": 1},
-        **{"tokens": 23 + 23 + 15 + 23 + 23 + 23, "supervised_tokens": 7 * 5 + 19, "answers": 6},
+        **{"rows": 7, "used": 6, "left_out": 1, "cut_exchanges": 0, "cut_context": 3, "cut_answer": 1},
+        **{"tokens": 23 + 23 + 15 + 23 + 23 + 23, "supervised_tokens": 7 * 5 + 15, "answers": 6},
         **{"answers_with_stop": 5, "rows_without_bos": 0, "rows_with_two_bos": 0, "duplicates": 1},
-        **{"rows_with_special_tokens_in_text": 0, "answers_cut_off_whole": 0},
+        **{"rows_with_special_tokens_in_text": 0, "answers_cut_off_whole": 0, "answers_unsupervised": 0},
         "reasons": Counter({"empty answer": 1}),
     }
 

@@ -12,41 +12,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
+import fast_batches
 import run_clm_instruct as script
-from conftest import ROOT, run, run_warm
+from conftest import ROOT, make_instructions, run, run_warm, write_jsonl
 from test_run_summarization import KILL_IN_SAVE, history, read_predictions
 
 SCRIPT = ROOT / "run_clm_instruct.py"
-THINGS = ("lens", "strap", "battery", "zoom", "screen", "tripod", "flash", "charger")
-VERBS = ("clean", "carry", "charge", "test", "pack", "lift", "sell", "store")
-
-
-def make_instructions(count: int, seed: int) -> list[dict]:
-    """Rows with different instructions, about half with a context; the answers' lengths differ."""
-    dice = random.Random(seed)
-    rows = []
-    for i in dice.sample(range(1000), count):
-        thing, verb = THINGS[i % 8], VERBS[i // 8 % 8]
-        context = f"Note {i}: the {thing} is {'old' if i % 3 else 'new'}." if i % 2 else ""
-        steps = " ".join(f"{n}. {verb} the {thing}" for n in range(1, 2 + i % 4))
-        rows.append({"instruction": f"How do I {verb} a {thing} {i}?", "context": context, "response": f"{steps}."})
-    return rows
-
-
-def write_jsonl(path: Path, rows: list[dict]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
-    """A folder with train.jsonl (64 rows), validation.jsonl (13: odd on purpose) and tiny-llama."""
-    folder = tmp_path_factory.mktemp("clm")
-    write_jsonl(folder / "train.jsonl", make_instructions(64, 1))
-    write_jsonl(folder / "validation.jsonl", [r | {"context": "Held out."} for r in make_instructions(13, 2)])
-    words = ["--architecture", "llama", "--preset", "tiny", "--train_file", "train.jsonl", "--vocab_size", "600"]
-    run_warm(ROOT / "tools/init_model.py", *words, "--output_dir", "tiny-llama", cwd=folder)
-    return folder
 
 
 def command(place: Path, *flags, start=SCRIPT) -> list:
@@ -59,10 +30,11 @@ def command(place: Path, *flags, start=SCRIPT) -> list:
 
 @pytest.fixture(scope="module")
 def overfitted(place) -> Path:
-    """The script copied alone into an empty folder, packed, with pad = EOS: the folder that it wrote."""
+    """The script with nothing but fast_batches.py beside it, packed, with pad = EOS: the folder that it wrote."""
     alone = place / "alone"
     alone.mkdir()
-    (alone / "run_clm_instruct.py").write_text(SCRIPT.read_text())
+    for name in ("run_clm_instruct.py", "fast_batches.py"):
+        shutil.copy(ROOT / name, alone)
     shutil.copytree(place / "tiny-llama", alone / "no-pad")
     settings = json.loads((alone / "no-pad/tokenizer_config.json").read_text())
     settings.pop("pad_token")
@@ -244,7 +216,7 @@ def test_flattened_rows_hold_the_same_tokens_and_positions(place, tmp_path):
 
 
 def test_adapters_alone_are_trained_and_the_merged_folder_is_the_same_model(place, tmp_path):
-    flags = ["--do_train", "--lora_rank", "4", "--merge_lora", "--learning_rate", "1e-2", "--max_steps", "20"]
+    flags = ["--do_train", "--lora_r", "4", "--merge_lora", "--learning_rate", "1e-2", "--max_steps", "20"]
     flags += ["--gradient_checkpointing", "--save_strategy", "no", "--output_dir", tmp_path / "out"]
     run_warm(*command(place, *flags), cwd=tmp_path)
     assert not (tmp_path / "out/model.safetensors").exists()
@@ -264,7 +236,7 @@ def test_a_packed_lora_run_killed_while_saving_resumes_and_ends_bit_equal(place,
     flags = [
         "--do_train",
         "--packing",
-        "--lora_rank",
+        "--lora_r",
         "4",
         "--lora_dropout",
         "0.1",
@@ -369,8 +341,8 @@ def arguments(place, tmp_path):
         ({"prompt_template": "dolphin"}, "--prompt_template dolphin: neither one of dolly, alpaca"),
         ({"max_seq_length": "9000"}, "--max_seq_length 9000: the model has 512 positions; give 512 or less"),
         ({"max_new_tokens": "0"}, "--max_new_tokens 0: must be 1 or more"),
-        ({"lora_rank": "-1"}, "--lora_rank -1: must be 1 or more"),
-        ({"merge_lora": True}, "--merge_lora: there is nothing to merge without --lora_rank"),
+        ({"lora_r": "-1"}, "--lora_r -1: must be 0 or more"),
+        ({"merge_lora": True}, "--merge_lora: there is nothing to merge without --lora_r"),
         ({"use_liger_kernel": True}, "--use_liger_kernel: needs a GPU and liger-kernel"),
         ({"text_column": "context", "packing": True}, "--packing: not for plain text"),
         ({"model_name_or_path": "./nowhere"}, "--model_name_or_path ./nowhere: there is no such folder"),
@@ -383,7 +355,7 @@ def test_a_wrong_argument_is_named_with_its_value(arguments, changed, said):
 
 
 def test_all_problems_come_at_once(arguments):
-    message = arguments(max_new_tokens="0", prompt_template="x.jinja", lora_rank="-2", data_format="qa")
+    message = arguments(max_new_tokens="0", prompt_template="x.jinja", lora_r="-2", data_format="qa")
     assert message.count("\n") >= 3
 
 
