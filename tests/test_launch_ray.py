@@ -157,7 +157,11 @@ def test_generation_over_two_actors_writes_the_table_of_run_generation(
         ("train", ["--address", "127.0.0.1:1", SCRIPT], "--address 127.0.0.1:1: nobody answers there"),
         ("train", ["--address", "CLUSTER", "--num_workers", "9", SCRIPT], "needs 9 CPUs, the Ray cluster has 2"),
         ("train", ["--address", "CLUSTER", "--use_gpu", SCRIPT], "needs 1 GPUs, the Ray cluster has 0"),
-        ("train", ["--address", "CLUSTER", "--max_failures", "2", SCRIPT, "--do_train"], "--output_dir is missing"),
+        (
+            "train",
+            ["--address", "CLUSTER", "--max_failures", "2", SCRIPT, "--model_name_or_path", "t5-small", "--do_train"],
+            "--output_dir is missing",
+        ),
         ("generate", ["--num_workers", "2", "gone.py"], "gone.py: there is no such script"),
         (
             "generate",

@@ -192,6 +192,24 @@ def test_no_flag_of_sampling_is_left_out():
     assert {"temperature", "min_p"} <= flags <= set(script.WARPERS)
 
 
+def test_the_models_own_settings_count_unless_a_flag_asks_for_another_method(trained, tmp_path):
+    generator = make_generator(trained, tmp_path)
+    generator.model.generation_config.update(do_sample=True, temperature=0.7, top_k=5, length_penalty=None)
+
+    def choose(**decoding) -> tuple:
+        config = script.make_generation_config(generator.model, generator.prompts.tokenizer, decoding)
+        return config.do_sample, config.temperature, config.top_k, config.num_beams
+
+    assert choose() == choose(do_sample=True) == (True, 0.7, 5, 1)
+    assert choose(do_sample=True, top_k=9) == (True, 0.7, 9, 1)
+    assert choose(num_beams=2) == (False, None, None, 2)
+    generator.config = script.make_generation_config(generator.model, generator.prompts.tokenizer, {"num_beams": 2})
+    texts = make_odd_texts(6)
+    first = generate_all(generator, texts)
+    generator.seed = 7
+    assert generate_all(generator, texts) == first  # beams that drew would differ
+
+
 # ------------------------------------------------------------------------------------------------ the table
 
 
