@@ -1,7 +1,10 @@
 # Copyright 2026 The plaintune authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["transformers>=5.17", "polars>=1.0", "pyarrow", "numpy", "matplotlib", "jinja2", "tqdm", "py3langid"]
+# dependencies = [
+#   "torch>=2.8", "transformers>=5.17", "datasets", "accelerate", "peft", "rouge-score", "nltk", "sentencepiece",
+#   "polars>=1.0", "pyarrow", "numpy", "matplotlib", "jinja2", "tqdm", "py3langid",
+# ]
 # ///
 """Measure a dataset before fine-tuning on it: report.html to read, measures.json, PNGs, and the flags to train with.
 
@@ -20,60 +23,64 @@ Instructions or chats as prepare_instruct.py writes them, for run_clm_instruct.p
         --validation_file data/dolly/validation.jsonl --label_column category \
         --model_name_or_path meta-llama/Llama-2-7b-hf --per_device_train_batch_size 16 --output_dir reports/dolly
 
+Columns, prompt templates, labels and packing are those of the training scripts, which are imported for it.
+
 The file is read three times: to check it, to measure it, and to fetch the rows that are shown. Of a row only numbers
 stay in memory: a million reviews took 1.4 GB, and 5 minutes on two cores that had other work too.
 """
 
 import argparse
 import base64
-import csv
-import gzip
-import io
 import itertools
 import json
-import math
-import os
 import random
 import shlex
 import sys
 import time
-import zlib
 from collections import Counter
 from pathlib import Path
 
 import jinja2
 import numpy as np
 import polars as pl
-import pyarrow.parquet
 from tqdm.auto import tqdm
+from transformers import AutoTokenizer, PreTrainedConfig
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where the training scripts are
+
+from fast_batches import PACKABLE, pack_examples, pack_lengths
+from report_figures import draw_figures
+from run_clm_instruct import (
+    DEFAULT_MAX_SEQ_LENGTH,
+    DEFAULT_TEMPLATES,
+    KNOWN_FORMATS,
+    RowError,
+    encode_chats,
+    find_format,
+    set_prompt_template,
+    to_messages,
+)
+from run_summarization import KNOWN_COLUMNS, find_columns
+from table_files import find_folder_problems, read_columns, read_rows, refuse
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Constants
 
-DATA_ENDINGS = (".csv", ".tsv", ".jsonl", ".parquet")
-KEYS_FROM_LINES = 100  # a JSON object may leave a key out, so the columns are those of the first 100 together
-# Columns of texts and summaries in well-known datasets, tried in this order when the flags name none.
-SUMMARY_COLUMNS = (
-    ("review_body", "review_headline"),
-    ("text", "title"),
-    ("article", "highlights"),
-    ("document", "summary"),
-    ("dialogue", "summary"),
-    ("text", "summary"),
-)
+DATA_ENDINGS = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 TASK_PARTS = {
     "summarization": ("source", "target"),
     "instruction": ("prompt", "answer", "example"),
     "chat": ("prompt", "answer", "example"),
     "text": ("example",),
 }
-ROWS_AT_A_TIME = 10_000  # rows in memory at a time
+ROWS_AT_A_TIME = 2_000  # rows in memory at a time
 NAMED_LINES = 5  # odd rows that are named for each reason; all of them are counted
+
+CONTEXT_MARK = "\n\nInput:\n"  # stands before a context where rows are shown
 
 CUT_CANDIDATES = (32, 64, 128, 256, 512, 1024, 2048)
 # Recommended lengths are multiples of these: matrix products come in tiles.
 LENGTH_STEP, SEQUENCE_STEP = 8, 64
-TEXT_LENGTH = 1024  # rows that plain text is cut into
 WORTH_IT = 1.05  # a way of batching is recommended if it computes 5 % fewer positions than the simpler one
 PACKED_BATCHES = 200  # random batches that are packed as run_summarization.py packs them, to measure what that saves
 WAYS = {"random": "random batches", "like_length": "batches of like length", "packing": "packing"}
@@ -90,22 +97,6 @@ COPIED_WORDS = 4  # a target of fewer words stands in its source by chance
 # A row goes to the language identifier, the slow step, if few of its words are among the language's commonest.
 LANGUAGE_SAMPLE, COMMON_WORDS, COMMON_SHARE, LANGUAGE_WORDS, LANGUAGE_SURE = 2000, 300, 0.3, 5, 0.9
 
-# The prompt that run_clm_instruct.py makes for a tokenizer without a template of its own.
-DOLLY_INTRO = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request."
-)
-CONTEXT_MARK = "\n\nInput:\n"
-
-THEMES = {
-    "light": {"ink": "#1f2430", "soft": "#6b7280", "grid": "#e5e7eb", "main": "#2563eb", "mark": "#c2410c"},
-    "dark": {"ink": "#e5e7eb", "soft": "#9aa3b2", "grid": "#333a46", "main": "#7aa2f7", "mark": "#f0a060"},
-}
-
-
-class RowFault(Exception):
-    """Raised with the reason why a row cannot be measured; rows are counted by it."""
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Arguments
 
@@ -121,6 +112,8 @@ def parse_args(argv=None):
     add("--output_dir", required=True, help="Folder for report.html, measures.json, PNGs; must be absent or empty.")
     add("--model_name_or_path", default=None, help="Model whose tokenizer counts the tokens: a folder or hub name.")
     add("--tokenizer_name", default=None, help="Tokenizer, if not the model's own.")
+    add("--prompt_template", default=None, help="As in run_clm_instruct.py. None: as there, else dolly.")
+    add("--data_format", default=None, help="As in run_clm_instruct.py. None: known by the columns.")
     add("--text_column", default=None, help="Column of the texts to summarize, or of plain text. None: known names.")
     add("--summary_column", default=None, help="Column of the summaries. None: recognised from the columns.")
     add("--label_column", default=None, help="Column whose balance is shown. None: category or label, if there.")
@@ -148,38 +141,26 @@ def check_args(args):
         problems.append(f"--max_cut_share {args.max_cut_share}: must be 0 or more and below 1, such as 0.01")
     if not (args.model_name_or_path or args.tokenizer_name):
         problems.append("--model_name_or_path or --tokenizer_name is missing: lengths are counted in its tokens")
-    folder = Path(args.output_dir)
-    nearest = nearest_folder(folder)
-    if not nearest.is_dir():
-        problems.append(f"--output_dir {folder}: {nearest} is a file, not a folder; name another --output_dir")
-    elif not os.access(nearest, os.W_OK):
-        problems.append(f"--output_dir {folder}: {nearest} may not be written to; name another --output_dir")
-    elif nearest == folder and any(folder.iterdir()):
-        problems.append(f"--output_dir {folder}: not empty, nothing is overwritten; empty it or name another")
-    return problems
+    return problems + find_folder_problems(Path(args.output_dir))
 
 
-def nearest_folder(path):
-    """Return the path itself if it exists, else the nearest of its parents that does."""
-    return next((parent for parent in (path, *path.parents) if os.path.lexists(parent)), Path("."))
-
-
-def load_fast_tokenizer(args):
-    """Return the tokenizer; ValueError if there is none."""
-    from transformers import AutoTokenizer
-
+def load_tokenizer(args, task):
+    """Return (tokenizer, name of the prompt template that it has or is given; None: no chats); ValueError if none."""
     name = args.tokenizer_name or args.model_name_or_path
     flag = "--tokenizer_name" if args.tokenizer_name else "--model_name_or_path"
     try:
-        return AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:  # the library raises many kinds
         raise ValueError(f"{flag} {name}: no tokenizer could be loaded ({str(error).splitlines()[0]})") from error
+    if task["task"] not in ("instruction", "chat"):
+        return tokenizer, None
+    if args.prompt_template or tokenizer.chat_template or task["format"] in DEFAULT_TEMPLATES:
+        return tokenizer, set_prompt_template(tokenizer, args, task["format"])
+    return tokenizer, set_prompt_template(tokenizer, argparse.Namespace(prompt_template="dolly"), task["format"])
 
 
 def read_config(args):
     """Return the model's configuration as a dict; an empty one if no model is named or it has none."""
-    from transformers import PreTrainedConfig
-
     try:
         return PreTrainedConfig.get_config_dict(args.model_name_or_path)[0] if args.model_name_or_path else {}
     except OSError:
@@ -190,124 +171,28 @@ def read_config(args):
 # Reading
 
 
-def ending(name):
-    """Return a file name's ending in lower case, a final .gz left out: 'a/Train.CSV.gz' gives '.csv'."""
-    path = Path(name.lower())
-    return path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
-
-
-def read_lines(path):
-    """Yield the lines of a UTF-8 file, gzipped or not, line ends kept. ValueError names the file and the line."""
-    opener = gzip.open if str(path).lower().endswith(".gz") else open
-    number = 0
-    try:
-        with opener(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: line {number} is not UTF-8 ({error.reason}); convert the file first") from error
-    except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{path}: cannot be read after line {number} ({error})") from error
-
-
-def parse_json(text, where):
-    """Return the value of a JSON text; ValueError says where it is broken."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON ({error})") from error
-
-
-def read_tsv(path):
-    """Yield (line number, cells) of a tab-separated file, header first. No quoting: a quote is a character."""
-    for number, line in enumerate(read_lines(path), start=1):
-        line = line.rstrip("\r\n")
-        if line:
-            yield number, line.split("\t")
-
-
-def read_csv(path):
-    """Yield (number of the record's first line, cells) of a CSV file, header first; a cell may hold line ends."""
-    # A review longer than Python's 131,072 characters a field is still a review.
-    csv.field_size_limit(2**31 - 1)
-    reader = csv.reader(read_lines(path), strict=True)
-    start = 1
-    try:
-        for cells in reader:
-            if cells:
-                yield start, cells
-            start = reader.line_num + 1
-    except csv.Error as error:
-        raise ValueError(f"{path}: line {start}: the record that starts here is not CSV ({error}); mend it") from error
-
-
-def read_jsonl(path):
-    """Yield (line number, object) of a file with one JSON object a line; blank lines are skipped."""
-    for number, line in enumerate(read_lines(path), start=1):
-        if line.isspace():
-            continue
-        row = parse_json(line, f"{path}: line {number}")
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}: line {number}: not a JSON object but {type(row).__name__}; one object a line")
-        yield number, row
-
-
-def read_header(flag, path):
-    """Return the names of a file's columns; ValueError if it holds none or cannot be read."""
-    kind = ending(path)
-    if kind not in DATA_ENDINGS or path.lower().endswith(".parquet.gz"):
-        raise ValueError(
-            f"--{flag} {path}: unknown ending; known are {', '.join(DATA_ENDINGS)} (the text ones .gz too)"
-        )
-    if not Path(path).is_file():
-        raise ValueError(f"--{flag} {path}: {'a folder; name a file' if Path(path).exists() else 'no such file'}")
-    if kind == ".parquet":
-        try:
-            columns = pyarrow.parquet.read_schema(path).names
-        except Exception as error:  # pyarrow raises several kinds
-            raise ValueError(f"{path}: not a Parquet file ({str(error).splitlines()[0]})") from error
-    elif kind == ".jsonl":
-        columns = list(
-            dict.fromkeys(key for _, row in itertools.islice(read_jsonl(path), KEYS_FROM_LINES) for key in row)
-        )
-    else:
-        columns = next(read_tsv(path) if kind == ".tsv" else read_csv(path), (1, []))[1]
-    if not columns:
-        raise ValueError(f"--{flag} {path}: the file is empty; leave it out or get it again")
-    return columns
-
-
 def choose_task(path, columns, args):
-    """Return {"task", "columns", "label"}: what the rows are, which columns hold it, and the label's or None."""
-    listed = f"it has {', '.join(columns)}"
+    """Return {"task", "format", "columns", "label"}: what the rows are, as the training scripts find it out."""
     twice = [name for name, count in Counter(columns).items() if count > 1]
     if twice:
         raise ValueError(f"{path}: the header names {', '.join(twice)} more than once; rename one")
-    asked = {f: getattr(args, f) for f in ("text_column", "summary_column", "label_column") if getattr(args, f)}
-    missing = [f"--{flag} {name}" for flag, name in asked.items() if name not in columns]
-    if missing:
-        raise ValueError(f"{' and '.join(missing)}: no such column in {path}; {listed}")
+    if args.label_column and args.label_column not in columns:
+        raise ValueError(f"{path}: has no column {args.label_column!r} (--label_column); it has {', '.join(columns)}")
+    has_pair = any(set(pair) <= set(columns) for pair in KNOWN_COLUMNS)
+    has_chats = any(set(needed) <= set(columns) for name, needed in KNOWN_FORMATS if name != "text")
+    is_pair = args.summary_column or has_pair and not (has_chats or args.text_column or args.data_format)
+    try:
+        data_format, names = ("pair", find_columns(columns, args)) if is_pair else find_format(columns, args)
+    except ValueError as error:
+        hint = "" if is_pair else "; of texts and summaries name both columns, by --text_column and --summary_column"
+        raise ValueError(f"{path}: {error}{hint}") from error
+    if args.source_prefix and not is_pair:
+        raise ValueError(f"--source_prefix {args.source_prefix!r}: goes with texts and summaries, {path} has none")
     label = args.label_column or next((name for name in ("category", "label") if name in columns), None)
-    if args.summary_column and not args.text_column:
-        raise ValueError(f"--summary_column {args.summary_column}: name the texts' column too, by --text_column")
-    known = next((list(names) for names in SUMMARY_COLUMNS if set(names) <= set(columns)), None)
-    if args.text_column:
-        names = [args.text_column] + ([args.summary_column] if args.summary_column else [])
-        task = "summarization" if args.summary_column else "text"
-    elif {"instruction", "response"} <= set(columns):
-        task, names = "instruction", [name for name in ("instruction", "context", "response") if name in columns]
-    elif "messages" in columns:
-        task, names = "chat", ["messages"]
-    elif known:
-        task, names = "summarization", known
-    elif "text" in columns:
-        task, names = "text", ["text"]
-    else:
-        raise ValueError(
-            f"{path}: neither instructions (instruction, response), chats (messages) nor known texts and summaries; "
-            f"{listed}. Name the columns by --text_column and --summary_column, or run prepare_instruct.py first"
-        )
-    return {"task": task, "columns": names, "label": label}
+    task = {"pair": "summarization", "chat": "chat", "sharegpt": "chat", "text": "text"}.get(
+        data_format, "instruction"
+    )
+    return {"task": task, "format": data_format, "columns": names, "label": label}
 
 
 def choose_tasks(args):
@@ -318,7 +203,7 @@ def choose_tasks(args):
         if path is None:
             continue
         try:
-            chosen[split] = (path, choose_task(path, read_header(f"{split}_file", path), args))
+            chosen[split] = (path, choose_task(path, read_columns(f"{split}_file", path, DATA_ENDINGS), args))
         except ValueError as error:
             problems.append(str(error))
     if len({task["task"] for _, task in chosen.values()}) > 1:
@@ -327,76 +212,46 @@ def choose_tasks(args):
     return chosen, problems
 
 
-def read_dicts(path, columns):
-    """Yield (line or row number, {column: value}) of a file; in place of a row that cannot be parsed, why not."""
-    kind = ending(path)
-    if kind == ".parquet":
-        batches = pyarrow.parquet.ParquetFile(path).iter_batches(ROWS_AT_A_TIME, columns=columns)
-        yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
-    elif kind == ".jsonl":
-        yield from read_jsonl(path)
-    else:
-        reader = read_tsv(path) if kind == ".tsv" else read_csv(path)
-        header = next(reader)[1]
-        places = {name: header.index(name) for name in columns}
-        for number, cells in reader:
-            if len(cells) == len(header):
-                yield number, {name: cells[place] for name, place in places.items()}
-            else:
-                yield number, "another number of fields than the header"
-
-
 def check_text(value, name):
-    """Return a text without white space at its ends; RowFault if it is none or empty."""
+    """Return a text without white space at its ends; RowError if it is none or empty."""
     if value is None:
-        raise RowFault(f"{name} is null or absent")
+        raise RowError(f"{name} is null or absent")
     if not isinstance(value, str):
-        raise RowFault(f"{name} is {type(value).__name__}, not text")
-    text = value.strip()
-    if not text:
-        raise RowFault(f"{name} is empty")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise RowFault(f"{name} holds half of a surrogate pair") from None
-    return text
-
-
-def read_chat(messages):
-    """Return (everything but the answers, the answers, number of answers) of a list of turns."""
-    if not isinstance(messages, list) or not all(isinstance(turn, dict) for turn in messages):
-        raise RowFault("messages is not a list of turns")
-    turns = [(turn.get("role"), check_text(turn.get("content"), f"a turn of {turn.get('role')}")) for turn in messages]
-    answers = [text for role, text in turns if role == "assistant"]
-    if not answers:
-        raise RowFault("no answer in messages")
-    return "\n".join(text for role, text in turns if role != "assistant"), "\n".join(answers), len(answers)
+        raise RowError(f"{name} is {type(value).__name__}, not text")
+    if not value.strip():
+        raise RowError(f"{name} is empty")
+    return value.strip()
 
 
 def to_example(row, task):
-    """Return (source, target, number of answers, label) of a row; RowFault says why there is none."""
+    """Return (source, target, label) of a row, of a chat all that is no answer and the answers; RowError if none."""
     if isinstance(row, str):
-        raise RowFault(row)
-    label = str(row.get(task["label"])).strip() if row.get(task["label"]) is not None else None
-    if task["task"] == "chat":
-        return (*read_chat(row.get("messages")), label)
+        raise RowError("another number of fields than the header")
+    label = str(row[task["label"]]).strip() if row.get(task["label"]) is not None else None
     names = task["columns"]
-    source = check_text(row.get(names[0]), names[0])
-    if len(names) == 1:
-        return source, "", 0, label
-    context = row.get(names[1]) if len(names) == 3 else None
-    if context is not None and str(context).strip():
-        source = f"{source}{CONTEXT_MARK}{check_text(context, names[1])}"
-    return source, check_text(row.get(names[-1]), names[-1]), 1, label
+    if task["task"] in ("summarization", "text"):
+        source, target = (*(check_text(row.get(name), name) for name in names), "")[:2]
+    else:
+        turns = to_messages({name: row.get(name) for name in names}, task["format"], names)
+        texts = {True: [], False: []}
+        for turn in turns:
+            text = CONTEXT_MARK.join(filter(None, (turn["content"], turn.get("context"))))
+            texts[turn["role"] == "assistant"].append(text)
+        source, target = "\n".join(texts[False]), "\n".join(texts[True])
+    try:
+        f"{source}{target}".encode()
+    except UnicodeEncodeError:
+        raise RowError("holds half of a surrogate pair") from None
+    return source, target, label
 
 
 def read_examples(path, task, faults=None):
-    """Yield (ordinal from 0, line, (source, target, answers, label)); `faults` gains {reason: [lines]} of the rest."""
-    names = task["columns"] + ([task["label"]] if task["label"] else [])
-    for ordinal, (line, row) in enumerate(read_dicts(path, list(dict.fromkeys(names)))):
+    """Yield (ordinal from 0, line, row, (source, target, label)); `faults` gains {reason: [lines]} of the rest."""
+    names = [*task["columns"], *([task["label"]] if task["label"] else [])]
+    for ordinal, (line, row) in enumerate(read_rows(path, dict.fromkeys(names))):
         try:
-            yield ordinal, line, to_example(row, task)
-        except RowFault as fault:
+            yield ordinal, line, row, to_example(row, task)
+        except RowError as fault:
             if faults is not None:
                 faults.setdefault(str(fault), []).append(line)
 
@@ -405,34 +260,66 @@ def scan_file(path, task, seed):
     """Return ({"read", "measured", "odd"}, sample): a first pass that finds what is broken, and draws rows fairly."""
     dice, sample, faults, measured = random.Random(seed), [], {}, 0
     examples = read_examples(path, task, faults)
-    for measured, (_, _, example) in enumerate(tqdm(examples, f"checking {path}", unit=" rows", unit_scale=True), 1):
+    for measured, (*_, example) in enumerate(tqdm(examples, f"checking {path}", unit=" rows", unit_scale=True), 1):
         if len(sample) < LANGUAGE_SAMPLE:
             sample.append(example)
         elif (place := dice.randrange(measured)) < LANGUAGE_SAMPLE:
             sample[place] = example
-    odd = {reason: {"rows": len(lines), "lines": lines[:NAMED_LINES]} for reason, lines in sorted(faults.items())}
-    read = measured + sum(entry["rows"] for entry in odd.values())
-    if not measured:
-        reasons = "; ".join(f"{reason} ({entry['rows']} rows)" for reason, entry in odd.items()) or "no rows"
+    read = measured + sum(map(len, faults.values()))
+    scan = {"read": read, "measured": read, "odd": {}}
+    return count_faults(path, scan, faults), sample
+
+
+def count_faults(path, scan, faults):
+    """Move rows of {reason: [lines]} from a scan's measured to its odd ones; ValueError if no row is left."""
+    odd = {reason: {"rows": len(lines), "lines": lines[:NAMED_LINES]} for reason, lines in faults.items()}
+    scan["odd"] = dict(sorted({**scan["odd"], **odd}.items()))
+    scan["measured"] -= sum(entry["rows"] for entry in odd.values())
+    if not scan["measured"]:
+        reasons = "; ".join(f"{reason} ({entry['rows']} rows)" for reason, entry in scan["odd"].items()) or "no rows"
         raise ValueError(f"{path}: no row can be measured: {reasons}")
-    return {"read": read, "measured": measured, "odd": odd}, sample
+    return scan
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Measuring rows: a batch of texts becomes arrays of numbers
 
 
-def count_tokens(tokenizer, texts, special):
-    """Return (all token ids one after the other, how many each text has)."""
-    if tokenizer.is_fast:
-        backend = tokenizer.backend_tokenizer
-        backend.no_truncation()
-        backend.no_padding()
-        rows = [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=special)]
-    else:
-        rows = tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"]
-    lengths = np.fromiter((len(row) for row in rows), np.int64, len(rows))
+def flatten(rows):
+    """Return (the numbers of all rows one after the other, how many each row has)."""
+    lengths = np.fromiter(map(len, rows), np.int64, len(rows))
     return np.fromiter(itertools.chain.from_iterable(rows), np.int32, lengths.sum()), lengths
+
+
+def tokenize(tokenizer, texts):
+    """Return flatten() of the texts' token ids, with the special tokens that the tokenizer puts around a text."""
+    if not tokenizer.is_fast:
+        return flatten(tokenizer(texts, verbose=False)["input_ids"])
+    backend = tokenizer.backend_tokenizer  # without masks, offsets and Python lists of them, twice as fast
+    backend.no_truncation()
+    backend.no_padding()
+    return flatten([encoding.ids for encoding in backend.encode_batch_fast(texts)])
+
+
+def count_tokens(rows, task, tokenizer, prefix):
+    """
+    Return (all token ids, each row's tokens of source and of target, unknown ones, why it cannot be trained on).
+
+    Of a chat the training script's encoder says what is target: what the model learns to write. All else is source.
+    """
+    unknown = -1 if tokenizer.unk_token_id is None else tokenizer.unk_token_id
+    if task["task"] in ("instruction", "chat"):
+        columns = {name: [row.get(name) for row in rows] for name in task["columns"]}
+        encoded = encode_chats(columns, tokenizer, task["format"], task["columns"], limit=sys.maxsize)
+        (ids, lengths), learned = flatten(encoded["input_ids"]), np.array(encoded["supervised_tokens"])
+        return ids, lengths - learned, learned, sum_rows(ids == unknown, lengths), encoded["problem"]
+    ids, lengths = tokenize(tokenizer, [prefix + row[task["columns"][0]] for row in rows])
+    unknowns, problems = sum_rows(ids == unknown, lengths), [""] * len(rows)
+    if task["task"] == "text":  # the script ends each text with EOS where the tokenizer does not
+        return ids, lengths + (ids[np.cumsum(lengths) - 1] != tokenizer.eos_token_id), 0 * lengths, unknowns, problems
+    target_ids, target_lengths = tokenize(tokenizer, [row[task["columns"][1]] for row in rows])
+    unknowns += sum_rows(target_ids == unknown, target_lengths)
+    return np.concatenate([ids, target_ids]), lengths, target_lengths, unknowns, problems
 
 
 def sum_rows(values, lengths):
@@ -493,7 +380,7 @@ def find_copies(sources, targets):
 
 def learn_language(sample, identifier, language=None):
     """Return {"main", "sample", "common"}: the language of most rows, the sample's count, hashes of common words."""
-    texts = [f"{source} {target}" for source, target, _, _ in sample]
+    texts = [f"{source} {target}" for source, target, _ in sample]
     found = [name_language(text, identifier) for text in texts]
     counts = Counter(name for name in found if name)
     main = language or (counts.most_common(1)[0][0] if counts else None)
@@ -526,21 +413,13 @@ def find_languages(texts, words, lengths, language, identifier):
     return {index: name for index, name in named.items() if name not in (None, language["main"])}
 
 
-def measure_texts(examples, tokenizer, args, task, language, identifier):
-    """Return ({name: array with a number a row}, all token ids, {index: language}) of a batch of examples."""
-    sources, targets, answers, _ = (list(column) for column in zip(*examples, strict=True))
-    special = task == "summarization"
-    source_ids, source_lengths = count_tokens(tokenizer, [args.source_prefix + text for text in sources], special)
-    target_ids, target_lengths = count_tokens(tokenizer, targets, special and "target" in TASK_PARTS[task])
+def measure_texts(examples, language, identifier):
+    """Return ({name: array with a number a row}, {index: language}) of a batch of examples."""
+    sources, targets, _ = (list(column) for column in zip(*examples, strict=True))
     both = [f"{source}\n{target}" for source, target in zip(sources, targets, strict=True)]
     words, word_lengths, distinct = hash_words(both)
     table = pl.DataFrame({"source": sources, "target": targets, "both": both})
-    unknown = -1 if tokenizer.unk_token_id is None else tokenizer.unk_token_id
     columns = {
-        "source_tokens": source_lengths.astype(np.int32),
-        "target_tokens": target_lengths.astype(np.int32),
-        "answers": np.array(answers, np.int32),
-        "unknown": sum_rows(source_ids == unknown, source_lengths) + sum_rows(target_ids == unknown, target_lengths),
         "words": word_lengths.astype(np.int32),
         "distinct_words": distinct.astype(np.int32),
         "chars": table["both"].str.count_matches(r"\S").to_numpy().astype(np.int32),
@@ -552,29 +431,40 @@ def measure_texts(examples, tokenizer, args, task, language, identifier):
         "copied": find_copies(sources, targets),
         "signature": sign_rows(*hash_shingles(words, word_lengths)),
     }
-    elsewhere = find_languages(both, words, word_lengths, language, identifier)
-    return columns, np.concatenate([source_ids, target_ids]), elsewhere
+    return columns, find_languages(both, words, word_lengths, language, identifier)
 
 
-def measure_file(path, task, rows, tokenizer, args, language, identifier):
-    """Return {"columns", "vocabulary", "labels", "languages"} of a file, read in batches."""
-    examples, labels, languages, start = read_examples(path, task), Counter(), {}, 0
+def measure_file(path, task, scan, tokenizer, args, language, identifier):
+    """Return {"columns", "vocabulary", "labels", "languages"} of a file; `scan` gains the rows no template takes."""
+    faults, labels, languages, start = {}, Counter(), {}, 0
     # As long as the largest token id: where ids are left out that is more than there are tokens.
     columns, vocabulary = {}, np.zeros(max(tokenizer.get_vocab().values()) + 1, np.int64)
-    with tqdm(total=rows, desc=f"measuring {path}", unit=" rows", unit_scale=True) as bar:
-        while batch := list(itertools.islice(examples, ROWS_AT_A_TIME)):
-            texts = [example for _, _, example in batch]
-            measured, ids, elsewhere = measure_texts(texts, tokenizer, args, task["task"], language, identifier)
-            measured["ordinal"] = np.array([ordinal for ordinal, _, _ in batch])
-            for name, values in measured.items():
-                if name not in columns:  # at their full size at once: joining batches at the end would take twice that
-                    columns[name] = np.empty((rows, *values.shape[1:]), values.dtype)
-                columns[name][start : start + len(batch)] = values
-            vocabulary += np.bincount(ids, minlength=len(vocabulary))
-            labels.update(label for _, _, _, label in texts)
-            languages.update({start + index: name for index, name in elsewhere.items()})
-            start += len(batch)
-            bar.update(len(batch))
+    examples = read_examples(path, task)
+    examples = iter(tqdm(examples, f"measuring {path}", scan["measured"], unit=" rows", unit_scale=True))
+    while batch := list(itertools.islice(examples, ROWS_AT_A_TIME)):
+        ordinals, lines, rows, texts = zip(*batch, strict=True)
+        ids, source_tokens, target_tokens, unknown, problems = count_tokens(rows, task, tokenizer, args.source_prefix)
+        kept = np.array([not problem for problem in problems])
+        for line, problem in zip(lines, problems, strict=True):
+            if problem:
+                faults.setdefault(problem, []).append(line)
+        if not kept.any():
+            continue
+        texts = list(itertools.compress(texts, kept))
+        measured, elsewhere = measure_texts(texts, language, identifier)
+        measured |= {"ordinal": np.array(ordinals)[kept], "unknown": unknown[kept]}
+        measured |= {"source_tokens": source_tokens[kept], "target_tokens": target_tokens[kept]}
+        end = start + len(texts)
+        for name, values in measured.items():
+            if name not in columns:  # at their full size at once: joining batches at the end would take twice that
+                columns[name] = np.empty((scan["measured"], *values.shape[1:]), values.dtype)
+            columns[name][start:end] = values
+        vocabulary += np.bincount(ids, minlength=len(vocabulary))
+        labels.update(label for *_, label in texts)
+        languages.update({start + index: name for index, name in elsewhere.items()})
+        start = end
+    count_faults(path, scan, faults)
+    columns = {name: values[:start] for name, values in columns.items()}
     return {"columns": columns, "vocabulary": vocabulary, "labels": labels, "languages": languages}
 
 
@@ -621,75 +511,6 @@ def order_like_length(lengths, batch_size, dice):
     chunk = batch_size * max(min(len(lengths) // (batch_size * 4), 50), 1)
     order = dice.permutation(len(lengths))
     return order[np.lexsort((-lengths[order], np.arange(len(order)) // chunk))]
-
-
-def pack_lengths(lengths: list[int], capacity: int) -> list[list[int]]:
-    """
-    Best-fit decreasing: indices of `lengths` in bins that hold at most `capacity`; no length is split.
-
-    A bit mask of the room that bins have left finds the tightest fit in one step, so a million lengths take seconds.
-    """
-    bins, by_room, rooms = [], [[] for _ in range(capacity + 1)], 0
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        length = lengths[index]
-        fitting = rooms >> length
-        if fitting:
-            room = length + (fitting & -fitting).bit_length() - 1
-            chosen = by_room[room].pop()
-            rooms ^= (not by_room[room]) << room
-        else:
-            room, chosen = capacity, len(bins)
-            bins.append([])
-        bins[chosen].append(index)
-        by_room[room - length].append(chosen)
-        rooms |= 1 << (room - length)
-    return bins
-
-
-# Encoder-decoders whose positions are distances, so that examples can stand anywhere in a row, and whose last step is
-# the output layer alone.
-PACKABLE = ("t5", "mt5", "umt5")
-
-
-def spread_examples(sizes: np.ndarray, count: int) -> np.ndarray:
-    """
-    Distribute examples over so many rows that the longest row is short; returns each example's row.
-
-    sizes: (examples, 2) tokens of source and target. The longest first into the emptiest row (LPT, Graham 1969), where
-    a row is as full as the fuller of its two sides; then examples are swapped for as long as the fullest row shrinks.
-    """
-    share = sizes / (sizes.sum(axis=0) / count)  # 1: a row's even share
-    rows, loads = np.zeros(len(sizes), dtype=int), np.zeros((count, 2))
-    for i in np.argsort(-share.max(axis=1), kind="stable"):
-        rows[i] = (loads + share[i]).max(axis=1).argmin()
-        loads[rows[i]] += share[i]
-    for _ in range(2 * len(sizes)):
-        full = loads.max(axis=1).argmax()
-        mine, others = np.flatnonzero(rows == full), np.flatnonzero(rows != full)
-        if len(others) == 0:
-            break
-        moved = share[mine][:, None] - share[others][None]
-        after = np.maximum((loads[full] - moved).max(axis=2), (loads[rows[others]] + moved).max(axis=2))
-        i, j = np.unravel_index(after.argmin(), after.shape)
-        if after[i, j] >= loads[full].max() - 1e-9:
-            break
-        loads[full] -= moved[i, j]
-        loads[rows[others[j]]] += moved[i, j]
-        rows[mine[i]], rows[others[j]] = rows[others[j]], full
-    return rows
-
-
-def pack_examples(sizes: np.ndarray) -> list[list[int]]:
-    """The examples of each packed row, for the number of rows that costs least. sizes: (examples, 2) of tokens."""
-    most = math.ceil(sizes[:, 0].sum() / sizes[:, 0].max())
-    choices = []
-    for count in sorted({max(1, round(most * share)) for share in (1.0, 0.8, 0.65, 0.5, 0.4)}):
-        rows = spread_examples(sizes, count)
-        source, target = (np.bincount(rows, sizes[:, side], count).max() for side in (0, 1))
-        # Positions computed; attention makes one dearer with the length of its row, by a tenth at 128 in t5-small.
-        choices.append((count * (source * (1 + source / 1024) + 1.5 * target), count, rows))
-    _, count, rows = min(choices, key=lambda choice: choice[:2])
-    return [np.flatnonzero(rows == row).tolist() for row in range(count)]
 
 
 def pack_batches(order, lengths, batch_size):
@@ -862,30 +683,13 @@ def choose_shown(columns, tokens, languages, count):
 # From the arrays to measures.json
 
 
-def count_template(tokenizer, task):
-    """Return (tokens that the prompt template adds to a row, to each of its answers, whose template)."""
-    if task not in ("instruction", "chat"):
-        return (1 if task == "text" else 0), 0, None
-    turns = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
-    own = sum(len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) for text in ("one", "two"))
-    sizes = []
-    for rounds in (1, 2):
-        if tokenizer.chat_template:
-            text = tokenizer.apply_chat_template(turns * rounds, tokenize=False)
-        else:
-            text = DOLLY_INTRO + "\n\n### Instruction:\none\n\n### Response:\ntwo" * rounds
-        size = len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-        sizes.append(size - rounds * own + (0 if tokenizer.chat_template else 1 + rounds))  # BOS, and an EOS an answer
-    return 2 * sizes[0] - sizes[1], sizes[1] - sizes[0], "the tokenizer's own" if tokenizer.chat_template else "dolly"
-
-
-def collect_lengths(columns, task, template):
+def collect_lengths(columns, task):
     """Return {part: token lengths of all rows}: what --max_source_length and so on cut."""
     source, target = columns["source_tokens"], columns["target_tokens"]
-    if task == "summarization":
-        return {"source": source, "target": target}
-    example = source + target + template[0] + template[1] * columns["answers"]
-    return {"prompt": source, "answer": target, "example": example} if task != "text" else {"example": example}
+    if task == "text":
+        return {"example": source}
+    names = TASK_PARTS[task]
+    return dict(zip(names, (source, target, source + target), strict=False))
 
 
 def choose_maxima(lengths, args, task, positions):
@@ -895,7 +699,7 @@ def choose_maxima(lengths, args, task, positions):
         flag, step = (f"max_{part}_length", LENGTH_STEP) if part != "example" else ("max_seq_length", SEQUENCE_STEP)
         best = choose_maximum(lengths[part], args.max_cut_share, step, positions)
         if task == "text":
-            best = min(TEXT_LENGTH, positions or TEXT_LENGTH)  # the training script's own default
+            best = min(DEFAULT_MAX_SEQ_LENGTH, positions or DEFAULT_MAX_SEQ_LENGTH)
         maxima[part] = (flag, getattr(args, flag) or best)
     return maxima
 
@@ -914,7 +718,7 @@ def choose_way(padding):
     return best
 
 
-def recommend(measures, args, tokenizer):
+def recommend(measures, args):
     """Return [{"flag", "value", "why"}] in the order of a command line; value None: a flag without one."""
     flags, task = [], measures["task"]
     if task == "text":
@@ -931,9 +735,9 @@ def recommend(measures, args, tokenizer):
         flags.append({"flag": f"--{flag}", "value": limit, "why": why})
     if args.source_prefix:
         flags.append({"flag": "--source_prefix", "value": args.source_prefix, "why": "counted in every source here"})
-    if task in ("instruction", "chat") and not tokenizer.chat_template:
-        why = "the tokenizer has no chat template of its own; lengths here count this one"
-        flags.append({"flag": "--prompt_template", "value": "dolly", "why": why})
+    if measures["template"] not in (None, "chat"):
+        why = "lengths here count this one" + ("" if args.prompt_template else "; the tokenizer has none of its own")
+        flags.append({"flag": "--prompt_template", "value": measures["template"], "why": why})
     padding = measures["padding"]
     way, ways, size = choose_way(padding), padding["ways"], "the padding was measured at this one"
     fewer = f"{ways[way]['speed']:.2f} times fewer positions than random batches"
@@ -991,7 +795,7 @@ def fill_in_rows(measures, train, chosen, path, task):
     places = {int(train["columns"]["ordinal"][i]): i for i in (*indices, *(i for i, _ in often))}
     texts, last = {}, max(places, default=-1)
     examples = tqdm(read_examples(path, task), "fetching rows to show", unit=" rows", unit_scale=True)
-    for ordinal, line, (*both, _, label) in itertools.takewhile(lambda row: row[0] <= last, examples):
+    for ordinal, line, _, (*both, label) in itertools.takewhile(lambda row: row[0] <= last, examples):
         if ordinal in places:
             source, target = (text if len(text) <= 600 else f"{text[:400]} […] {text[-200:]}" for text in both)
             texts[places[ordinal]] = {"line": line, "source": source, "target": target, "label": label}
@@ -1006,11 +810,10 @@ def fill_in_rows(measures, train, chosen, path, task):
         measures["targets"]["frequent"] = frequent
 
 
-def summarize(measured, scans, args, task, tokenizer, language):
+def summarize(measured, scans, args, task, tokenizer, template, language):
     """Return (measures, rows to show) from the arrays of the files; the texts of the rows are not yet filled in."""
     train, validation = measured["train"], measured.get("validation")
-    template = count_template(tokenizer, task["task"])
-    lengths = collect_lengths(train["columns"], task["task"], template)
+    lengths = collect_lengths(train["columns"], task["task"])
     config = read_config(args)
     positions = config.get("max_position_embeddings")
     maxima = choose_maxima(lengths, args, task["task"], positions)
@@ -1021,7 +824,7 @@ def summarize(measured, scans, args, task, tokenizer, language):
         "task": task["task"],
         "files": {split: str(getattr(args, f"{split}_file")) for split in measured},
         "tokenizer": str(args.tokenizer_name or args.model_name_or_path),
-        "template": dict(zip(("row", "answer", "name"), template, strict=True)),
+        "template": template,
         "rows": scans,
         "maxima": maxima,
         "max_positions": positions,
@@ -1047,7 +850,7 @@ def summarize(measured, scans, args, task, tokenizer, language):
         packing["packs_batches"] = task["task"] == "summarization" and config.get("model_type") in PACKABLE
         measures["padding"] = measure_padding(cut, args.per_device_train_batch_size, args.seed, **packing)
         measures["targets"], often = measure_targets(train["columns"])
-    measures["recommended"] = recommend(measures, args, tokenizer)
+    measures["recommended"] = recommend(measures, args)
     measures["advice"] = advise(measures, args.max_cut_share)
     tokens = sum(list(lengths.values())[-len(maxima) :])
     shown = choose_shown(train["columns"], tokens, train["languages"], args.shown_rows)
@@ -1059,319 +862,31 @@ def summarize(measured, scans, args, task, tokenizer, language):
 # The report
 
 
-def new_figure(colors, across, up="", height=2.6):
-    """Return (figure, axes) in a theme's colours with words at the axes; transparent: the page shows through."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.4, height), dpi=150, layout="constrained")
-    axes = figure.subplots()
-    axes.patch.set_alpha(0)
-    figure.patch.set_alpha(0)
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color(colors["soft"])
-    axes.tick_params(colors=colors["soft"], length=0, labelsize=9)
-    axes.grid(axis="y", color=colors["grid"], linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.set_xlabel(across, color=colors["ink"], fontsize=9)
-    axes.set_ylabel(up, color=colors["ink"], fontsize=9)
-    return figure, axes
-
-
-def draw_lengths(colors, lengths, part, limit):
-    """Return a histogram of token lengths with the maximum marked; the longest half percent lies beyond its edge."""
-    figure, axes = new_figure(colors, f"tokens of the {part}", "rows")
-    edge = max(int(np.percentile(lengths, 99.5)), limit or 0, 1) * 1.03
-    step = max(round_to(edge / 60, 1), 1)
-    bins = np.arange(0, edge + step, step)
-    heights, _, _ = axes.hist(np.minimum(lengths, edge), bins, color=colors["main"], rwidth=0.9)
-    if lengths.max() > edge:
-        top = heights[-1] + 0.02 * axes.get_ylim()[1]
-        axes.text(edge + step, top, "longer", color=colors["soft"], ha="right", va="bottom", fontsize=8)
-    if limit:
-        axes.axvline(limit, color=colors["mark"], linewidth=1.6)
-        label = f"maximum {limit:,} "
-        axes.text(limit, axes.get_ylim()[1] * 0.98, label, color=colors["mark"], ha="right", va="top", fontsize=9)
-    axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.yaxis.set_major_formatter("{x:,.0f}")
-    axes.set_xlim(0, edge + step)
-    return figure
-
-
-def draw_cut(colors, lengths, maxima):
-    """Return the share of rows that is cut at each possible maximum, a line for each part."""
-    figure, axes = new_figure(colors, "maximum length in tokens (the dot: the one recommended or given)", "rows cut")
-    shades = [colors["main"], colors["mark"], colors["soft"]]
-    for (part, row), shade in zip(lengths.items(), shades, strict=False):
-        limits = np.unique(np.geomspace(4, max(int(row.max()), 8), 200).astype(int))
-        share = 1 - np.searchsorted(np.sort(row), limits, side="right") / len(row)
-        axes.plot(limits, share, color=shade, linewidth=2, label=part)
-        if part in maxima:
-            axes.plot(maxima[part][1], (row > maxima[part][1]).mean(), "o", color=shade, markersize=6)
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    axes.legend(frameon=False, labelcolor=colors["ink"], fontsize=9)
-    return figure
-
-
-def draw_bars(colors, names, values, texts, label):
-    """Return horizontal bars, the first on top, each with its value written at its end."""
-    figure, axes = new_figure(colors, label, height=0.75 + 0.32 * len(names))
-    axes.barh(range(len(names)), values, color=colors["main"], height=0.62)
-    for place, (value, text) in enumerate(zip(values, texts, strict=True)):
-        axes.text(value, place, f"  {text}", va="center", fontsize=9, color=colors["ink"])
-    axes.set_yticks(range(len(names)), names, fontsize=9, color=colors["ink"])
-    axes.invert_yaxis()
-    axes.grid(visible=False)
-    axes.set_xlim(0, max(values) * 1.22)
-    axes.xaxis.set_major_formatter("{x:,.10g}")
-    return figure
-
-
-def draw_figures(measures, lengths):
-    """Return {name: {theme: PNG bytes}} of every figure of the report."""
-    maxima, drawings = measures["maxima"], {}
-    for part, row in lengths.items():
-        drawings[f"{part}_lengths"] = (draw_lengths, row, part, maxima.get(part, (None, None))[1])
-    drawings["cut"] = (draw_cut, lengths, maxima)
-    if "padding" in measures:
-        values = {WAYS[name]: way["per_real"] for name, way in measures["padding"]["ways"].items()}
-        texts = [f"{value:.2f}" for value in values.values()]
-        drawings["padding"] = (draw_bars, list(values), list(values.values()), texts, "positions for each real one")
-    if measures["labels"]:
-        top = measures["labels"][:15]
-        names = ["(none)" if entry["label"] is None else entry["label"][:30] for entry in top]
-        texts = [f"{entry['rows']:,} ({entry['share']:.1%})" for entry in top]
-        drawings["labels"] = (draw_bars, names, [entry["rows"] for entry in top], texts, "rows")
-    figures = {}
-    for name, (draw, *inputs) in drawings.items():
-        figures[name] = {}
-        for theme, colors in THEMES.items():
-            stream = io.BytesIO()
-            draw(colors, *inputs).savefig(stream, format="png")
-            figures[name][theme] = stream.getvalue()
-    return figures
-
-
 def format_flags(recommended):
     """Return the recommended flags as one would type them."""
     words = [[f["flag"]] if f["value"] is None else [f["flag"], str(f["value"])] for f in recommended]
     return " \\\n    ".join(map(shlex.join, words))
 
 
-def make_verdict(measures):
-    """Return [(number, what it is, "good" | "look" | "")]: the figures at the top of the report."""
-    duplicates, rows = measures["duplicates"], measures["rows"]["train"]
-    cards = [(f"{rows['measured']:,}", "training rows", "")]
-    for part in TASK_PARTS[measures["task"]][-2:]:
-        entry = measures["lengths"][part]
-        cards.append((f"{entry['p50']:,} / {entry['p99']:,}", f"tokens of the {part}: median / 99% have at most", ""))
-    if "padding" in measures:
-        ways, best = measures["padding"]["ways"], choose_way(measures["padding"])
-        default = ", the default" if best == measures["padding"]["default"] else ""
-        cards.append((f"{ways['random']['real_share']:.0%}", "of padded random batches is text", ""))
-        if best != "random":
-            cards.append((f"{ways[best]['speed']:.2f}×", f"fewer positions with {WAYS[best]}{default}", "good"))
-    near = duplicates["exact_share"] + duplicates["near_share"]
-    cards.append((f"{near:.1%}", "exact or near duplicates", "look" if near >= 0.01 else "good"))
-    if "overlap" in duplicates:
-        both = duplicates["overlap"]["same_source_share"] + duplicates["overlap"]["near_share"]
-        cards.append((f"{both:.1%}", "of validation is trained on", "look" if both >= 0.01 else "good"))
-    unknown = measures["vocabulary"]["unknown_share"]
-    cards.append((f"{unknown:.2%}", "unknown tokens", "look" if unknown > 0.001 else "good"))
-    return cards
-
-
-TEMPLATE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ m.files.train }}: dataset report</title>
-<style>
-:root { color-scheme: light dark; --page: #fbfbfd; --card: #fff; --ink: #1f2430; --soft: #626977; --line: #e3e6ec;
-  --main: #2563eb; --good: #15803d; --look: #c2410c; --code: #f1f3f8; }
-@media (prefers-color-scheme: dark) { :root { --page: #14171d; --card: #1b1f27; --ink: #e5e7eb; --soft: #9aa3b2;
-  --line: #2e3440; --main: #7aa2f7; --good: #6fcf97; --look: #f0a060; --code: #11141a; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.55 system-ui, "Segoe UI", Roboto,
-  "Helvetica Neue", "DejaVu Sans", sans-serif; }
-main { max-width: 920px; margin: 0 auto; padding: 40px 24px 80px; }
-h1 { font-size: 28px; line-height: 1.2; margin: 0 0 4px; letter-spacing: -.01em; overflow-wrap: anywhere; }
-h2 { font-size: 20px; margin: 48px 0 4px; letter-spacing: -.01em; }
-h3 { font-size: 16px; margin: 28px 0 4px; }
-p { margin: 6px 0 12px; } .soft { color: var(--soft); font-size: 14px; } code { font: 13px ui-monospace, monospace; }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(190px, 1fr)); gap: 12px; margin: 24px 0; }
-.card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 14px 16px; }
-.card b { display: block; font-size: 25px; line-height: 1.25; font-variant-numeric: tabular-nums; }
-.card.good b { color: var(--good); } .card.look b { color: var(--look); }
-.card span { color: var(--soft); font-size: 13.5px; line-height: 1.35; display: block; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; width: 100%; margin: 10px 0 16px; font-size: 14.5px; }
-th, td { text-align: left; padding: 6px 14px 6px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-th { color: var(--soft); font-weight: 500; font-size: 13px; } td.n, th.n { text-align: right; white-space: nowrap;
-  font-variant-numeric: tabular-nums; } td.pick { font-weight: 600; color: var(--main); }
-td.t { overflow-wrap: anywhere; } td code { white-space: nowrap; }
-  picture img { width: 100%; height: auto; display: block; margin: 8px 0; }
-pre { background: var(--code); border: 1px solid var(--line); border-radius: 8px; padding: 14px 16px; overflow-x: auto;
-  font: 13.5px/1.6 ui-monospace, "DejaVu Sans Mono", monospace; }
-ul { padding-left: 20px; margin: 6px 0; } li { margin: 5px 0; }
-.row { border: 1px solid var(--line); background: var(--card); border-radius: 8px; padding: 10px 14px; margin: 8px 0;
-  font-size: 14px; } .row p { margin: 4px 0; white-space: pre-wrap; overflow-wrap: anywhere; }
-.row .soft { font-size: 13px; } .row .target { border-left: 3px solid var(--main); padding-left: 10px; }
-details summary { cursor: pointer; margin: 10px 0; font-weight: 600; }
-</style></head><body><main>
-{%- macro figure(name, alt) %}<picture>
-<source media="(prefers-color-scheme: dark)" srcset="data:image/png;base64,{{ figures[name].dark }}">
-<img alt="{{ alt }}" src="data:image/png;base64,{{ figures[name].light }}"></picture>{% endmacro %}
-{%- macro example(row) %}<div class="row"><div class="soft">line {{ row.line }}{% if row.what %} · {{ row.what }}
-{%- endif %}{% if row.label %} · {{ row.label }}{% endif %}</div><p>{{ row.source }}</p>
-{%- if row.target %}<p class="target">{{ row.target }}</p>{% endif %}</div>{% endmacro %}
-{%- macro count(what, rows, share, digits=2) %}<tr><td class="t">{{ what }}<td class="n">{{ n(rows) }}
-<td class="n">{% if share is not none %}{{ ("{:." ~ digits ~ "%}").format(share) }}{% endif %}</tr>{% endmacro %}
-<h1>{{ m.files.train.split("/")[-2:] | join("/") }}</h1>
-<p class="soft">{{ m.task }} · tokens of <code>{{ m.tokenizer }}</code>
-{%- if m.template.name %} · lengths of examples count the prompt template ({{ m.template.name }}: {{ m.template.row }}
-tokens a row, {{ m.template.answer }} an answer){% endif %} · measured {{ date }}</p>
-<div class="cards">{% for number, what, kind in verdict %}<div class="card {{ kind }}"><b>{{ number }}</b>
-<span>{{ what }}</span></div>{% endfor %}</div>
-{% if m.advice %}<h3>Look at this before training</h3>
-<ul>{% for line in m.advice %}<li>{{ line }}</li>{% endfor %}</ul>
-{% else %}<p>Nothing in the data stands out as a fault.</p>{% endif %}
-
-<h2>Rows</h2>
-<div class="wide"><table><tr><th>file<th class="n">read<th class="n">measured<th class="n">odd</tr>
-{% for split, entry in m.rows.items() %}<tr><td class="t">{{ m.files[split] }}<td class="n">{{ n(entry.read) }}
-<td class="n">{{ n(entry.measured) }}<td class="n">{{ n(entry.read - entry.measured) }}</tr>{% endfor %}</table></div>
-{% for split, entry in m.rows.items() %}{% for reason, odd in entry.odd.items() %}
-<p class="soft">{{ split }}: {{ n(odd.rows) }} × {{ reason }}, on line{{ "s" if odd.rows > 1 }}
-{{ odd.lines | join(", ") }}{% if odd.rows > odd.lines | length %}, …{% endif %}; left out of all figures.</p>
-{% endfor %}{% endfor %}
-
-<h2>Token lengths</h2>
-<div class="wide"><table><tr><th>part<th class="n">mean<th class="n">median<th class="n">90%<th class="n">95%
-<th class="n">99%<th class="n">longest<th class="n">tokens in all</tr>
-{% for part, l in m.lengths.items() %}<tr><td>{{ part }}<td class="n">{{ "%.1f" | format(l.mean) }}
-{% for key in ("p50", "p90", "p95", "p99", "max", "total") %}<td class="n">{{ n(l[key]) }}{% endfor %}</tr>{% endfor %}
-</table></div>
-{% for part in m.lengths %}{{ figure(part ~ "_lengths", "Histogram of the " ~ part ~ "'s tokens") }}{% endfor %}
-<h3>What each maximum cuts</h3>
-{{ figure("cut", "Share of rows cut at each maximum") }}
-{% if m.task == "text" %}<p>Plain text is not cut off but cut up: the script joins the texts and makes rows of the
-maximum, so that these are the texts longer than a row.</p>{% endif %}
-<div class="wide"><table><tr><th class="n">at most{% for part in m.lengths %}<th class="n">{{ part }}s cut
-<th class="n">share{% if part in m.maxima %}<th class="n">of their tokens{% endif %}{% endfor %}</tr>
-{% for cells in cut_table %}<tr><td class="n">{{ n(cells[0].limit) }}{% for part in m.lengths %}
-{% set c = cells[loop.index0] %}{% set pick = " pick" if part in m.maxima and m.maxima[part][1] == c.limit else "" %}
-<td class="n{{ pick }}">{{ n(c.rows) }}<td class="n{{ pick }}">{{ p(c.share) }}{% if part in m.maxima %}
-<td class="n{{ pick }}">{{ p(c.tokens_share) }}{% endif %}{% endfor %}</tr>{% endfor %}</table></div>
-<p class="soft">In colour: {% for flag, limit in m.maxima.values() %}--{{ flag }} {{ limit }}
-{%- if not loop.last %} and {% endif %}{% endfor %}.</p>
-
-{% if m.padding %}<h2>Padding</h2>
-<p>A batch is as long as its longest row; what is shorter is filled up and computed all the same. In batches of
-{{ m.padding.batch_size }} the {{ n(m.padding.real) }} real positions of an epoch become:</p>
-{{ figure("padding", "Positions computed for each real position") }}
-<div class="wide"><table><tr><th>way<th class="n">positions<th class="n">a real one<th class="n">real
-<th class="n">fewer</tr>{% for name, way in m.padding.ways.items() %}<tr><td>{{ ways[name] }}
-<td class="n">{{ n(way.positions) }}<td class="n">{{ "%.2f" | format(way.per_real) }}
-<td class="n">{{ p(way.real_share) }}<td class="n">{{ "%.2f" | format(way.speed) }}×</tr>{% endfor %}</table></div>
-<p class="soft">Fewer: times fewer positions than random batches, near to the gain in time where a step is all
-computation. {% if m.padding.default == "packing" %}Packing is what the script does by itself for T5 and mT5: the rows
-of each random batch stand end to end. In a sample of the batches {{ n(m.padding.rows) }} rows became
-{{ n(m.padding.packed_rows) }}; --no_packing pads them.{% elif m.padding.rows %}Packing puts {{ n(m.padding.rows) }}
-rows into {{ n(m.padding.packed_rows) }}.{% else %}Only T5 and mT5 are packed by the script.{% endif %}</p>
-{% endif %}
-
-<h2>Vocabulary</h2>
-<div class="wide"><table>
-{{ count("tokens in the training rows, without templates", m.vocabulary.tokens, none) }}
-{{ count("tokens in the vocabulary", m.vocabulary["size"], none) }}
-{{ count("of these used", m.vocabulary.used, m.vocabulary.used_share) }}
-{{ count("so many make up 99% of the text", m.vocabulary.cover_99, none) }}
-{{ count("unknown tokens" ~ ("" if m.vocabulary.has_unknown_token else " (the tokenizer has none)"),
-         m.vocabulary.unknown, m.vocabulary.unknown_share, 3) }}
-{{ count("rows with one", m.vocabulary.rows_with_unknown, m.vocabulary.rows_with_unknown / m.rows.train.measured) }}
-</table></div>
-
-<h2>Duplicates</h2>
-<div class="wide"><table><tr><th>rows one could leave out<th class="n">rows<th class="n">share</tr>
-{% with d = m.duplicates, o = m.duplicates.overlap %}
-{{ count("exact copies of another row", d.exact, d.exact_share) }}
-{{ count("near-duplicates besides these", d.near, d.near_share) }}
-{{ count("the same " ~ parts[0] ~ " as another row", d.same_source, d.same_source_share) }}
-{% if m.targets %}{{ count("the same " ~ parts[1] ~ " as another row", d.same_target, d.same_target_share) }}
-{% endif %}
-{% if o %}{{ count("validation rows whose " ~ parts[0] ~ " is trained on", o.same_source, o.same_source_share) }}
-{{ count("validation rows that nearly are trained on", o.near, o.near_share) }}{% endif %}{% endwith %}</table></div>
-<p class="soft">Near: {{ "%.0f" | format(near * 100) }}% or more of the runs of three words in common, by MinHash,
-which finds about 95% of such pairs; case and punctuation do not count.
-{%- if m.task in ("instruction", "chat") %} Two questions on one long text are such a pair too.{% endif %}</p>
-{% if m.near_pairs %}<details><summary>{{ m.near_pairs | length }} near-duplicate pairs</summary>
-{% for a, b in m.near_pairs %}<h3>Pair {{ loop.index }}</h3>{{ example(a) }}{{ example(b) }}{% endfor %}</details>
-{% endif %}
-
-{% if m.targets %}<h2>Boilerplate</h2>
-<div class="wide"><table><tr><th>{{ parts[1] }}s<th class="n">rows<th class="n">share</tr>
-{{ count("the same words in {:,} rows or more, whatever their case".format(m.targets.frequent_limit),
-         m.targets.frequent_rows, m.targets.frequent_share) }}
-{% for key, words in copied %}
-{{ count(words.format(parts[0]), m.targets[key], m.targets[key] / m.rows.train.measured) }}{% endfor %}</table></div>
-{% if m.targets.frequent %}<div class="wide"><table><tr><th>most frequent {{ parts[1] }}s<th class="n">rows
-<th class="n">share</tr>{% for f in m.targets.frequent %}{{ count(f.text, f.rows, f.share) }}{% endfor %}</table></div>
-{% endif %}{% endif %}
-
-<h2>Language</h2>
-<p>{% if m.language.main %}Most rows are in <b>{{ m.language.main }}</b>. {{ n(m.language.other_rows) }}
-({{ p(m.language.other_share) }}) are surely in another language
-{%- if m.language.others %}: {% for name, rows in m.language.others.items() %}{{ name }} {{ n(rows) }}
-{%- if not loop.last %}, {% endif %}{% endfor %}{% endif %}.{% else %}No language could be told.{% endif %}</p>
-<p class="soft">Rows of {{ language_words }} words or more that hold few of the commonest words of
-{{ n(m.language.sample_rows) }} rows drawn at random are shown to a language identifier; it counts what it is 90% sure
-of. Shorter rows are not judged.</p>
-
-{% if m.labels %}<h2>Balance of {{ m.label_column }}</h2>{{ figure("labels", "Rows of each label") }}
-<div class="wide"><table><tr><th>{{ m.label_column }}<th class="n">rows<th class="n">share</tr>
-{% for l in m.labels[:40] %}{{ count("(none)" if l.label is none else l.label, l.rows, l.share) }}{% endfor %}
-</table></div>
-{% if m.labels | length > 40 %}<p class="soft">and {{ n(m.labels | length - 40) }} more labels</p>{% endif %}
-{% endif %}
-
-<h2>Rows to read</h2>{% for title, rows in m.shown.items() %}<details{% if loop.first %} open{% endif %}>
-<summary>{{ title }}</summary>{% for row in rows %}{{ example(row) }}{% endfor %}</details>{% endfor %}
-
-<h2>Recommended flags</h2><pre>{{ script }} \\
-    {{ flags(m.recommended) }}</pre>
-<div class="wide"><table><tr><th>flag<th>why</tr>{% for f in m.recommended %}<tr><td><code>{{ flags([f]) }}</code>
-<td>{{ f.why }}</tr>{% endfor %}</table></div>
-</main></body></html>
-"""
-
-COPIED = (
-    ("equal_source", "equal to the {}"),
-    ("start_source", "the words the {} starts with"),
-    ("inside_source", "elsewhere in the {}, word for word"),
-    ("longer_than_source", "longer than the {}, in tokens"),
-)
-
-
 def render_report(measures, figures):
     """Return the report as one HTML page; the template engine escapes every text of the data."""
-    environment, task = jinja2.Environment(autoescape=True, trim_blocks=True), measures["task"]
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    template = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True).get_template("report.html.jinja")
     table = list(zip(*(entry["cut"] for entry in measures["lengths"].values()), strict=True))
-    return environment.from_string(TEMPLATE).render(
+    return template.render(
         m=measures,
         figures={
             name: {theme: base64.b64encode(png).decode() for theme, png in pair.items()}
             for name, pair in figures.items()
         },
-        verdict=make_verdict(measures),
         n="{:,}".format,
         p="{:.2%}".format,
         ways=WAYS,
-        parts=TASK_PARTS[task],
+        best=choose_way(measures["padding"]) if "padding" in measures else None,
+        parts=TASK_PARTS[measures["task"]],
         cut_table=table[: 1 + sum(any(cell["rows"] for cell in cells) for cells in table)],
-        copied=COPIED,
         near=NEAR_SIMILARITY,
         language_words=LANGUAGE_WORDS,
-        script="run_summarization.py" if task == "summarization" else "run_clm_instruct.py",
         flags=format_flags,
         date=time.strftime("%Y-%m-%d"),
     )
@@ -1417,34 +932,33 @@ def main(argv=None):
     args = parse_args(argv)
     chosen, problems = choose_tasks(args)
     problems = check_args(args) + problems
+    if problems:
+        return refuse("measure_dataset.py", problems)
+    path, task = chosen["train"]
     try:
-        tokenizer = None if problems else load_fast_tokenizer(args)
+        tokenizer, template = load_tokenizer(args, task)
 
         # 2. Read everything once: broken files end the program before an hour of tokenisation, not after it.
         scans, samples = {}, {}
-        for split, (path, task) in chosen.items() if not problems else ():
-            scans[split], samples[split] = scan_file(path, task, args.seed)
-    except (ValueError, OSError) as error:
-        problems.append(str(error))
-    if problems:
-        print("measure_dataset.py: error:\n" + "\n".join(f"  - {p}" for p in problems), file=sys.stderr)
-        return 2
+        for split, source in chosen.items():
+            scans[split], samples[split] = scan_file(*source, args.seed)
 
-    # 3. Measure the rows: from here on there are only numbers
-    identifier = load_identifier()
-    language = learn_language(samples["train"], identifier, args.language)
-    measured = {
-        split: measure_file(path, task, scans[split]["measured"], tokenizer, args, language, identifier)
-        for split, (path, task) in chosen.items()
-    }
+        # 3. Measure the rows: from here on there are only numbers
+        identifier = load_identifier()
+        language = learn_language(samples["train"], identifier, args.language)
+        measured = {
+            split: measure_file(*source, scans[split], tokenizer, args, language, identifier)
+            for split, source in chosen.items()
+        }
+    except (ValueError, OSError) as error:
+        return refuse("measure_dataset.py", [str(error)])
 
     # 4. The figures, and the texts of the rows to show
-    path, task = chosen["train"]
-    measures, lengths, shown = summarize(measured, scans, args, task, tokenizer, language)
+    measures, lengths, shown = summarize(measured, scans, args, task, tokenizer, template, language)
     fill_in_rows(measures, measured["train"], shown, path, task)
 
     # 5. Write and report
-    folder, figures = Path(args.output_dir), draw_figures(measures, lengths)
+    folder, figures = Path(args.output_dir), draw_figures(measures, lengths, WAYS)
     folder.mkdir(parents=True, exist_ok=True)
     for name, pair in figures.items():
         (folder / f"{name}.png").write_bytes(pair["light"])

@@ -1,6 +1,7 @@
 # Copyright 2026 The plaintune authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 """measure_dataset.py: every figure of the report on small data with known answers."""
 
+import argparse
 import contextlib
 import csv
 import gzip
@@ -13,8 +14,10 @@ import polars
 import pytest
 
 import measure_dataset as tool
+import run_clm_instruct
+import run_summarization
 from conftest import ROOT
-from fix_copies import read_blocks
+from report_figures import THEMES
 
 WORDS = "the a of to camera lens strap is great poor and i it was very bought for my trip with good light".split()
 ENGLISH = (
@@ -56,7 +59,7 @@ def quick(monkeypatch, identifier):
     """main() without what takes its second: the identifier is loaded once, and the PNGs are empty."""
     names = ("cut", "padding", "labels", *(f"{part}_lengths" for parts in tool.TASK_PARTS.values() for part in parts))
     monkeypatch.setattr(tool, "load_identifier", lambda: identifier)
-    monkeypatch.setattr(tool, "draw_figures", lambda *_: dict.fromkeys(names, dict.fromkeys(tool.THEMES, b"")))
+    monkeypatch.setattr(tool, "draw_figures", lambda *_: dict.fromkeys(names, dict.fromkeys(THEMES, b"")))
 
 
 def write_csv(path, rows, header=("review_body", "review_headline")):
@@ -130,18 +133,8 @@ def test_packing_and_padding_of_known_lengths():
     assert in_fives["random"]["real_share"] == 24 / 40
 
 
-def test_what_packs_is_that_of_the_training_scripts():
-    ours = read_blocks(ROOT / "data_prep/measure_dataset.py")
-    for script, names in (
-        ("run_clm_instruct.py", ("pack_lengths",)),
-        ("run_summarization.py", ("PACKABLE", "spread_examples", "pack_examples")),
-    ):
-        theirs = read_blocks(ROOT / script)
-        assert {name: ours[name] for name in names} == {name: theirs[name] for name in names}
-
-
 def test_packed_batches_have_the_positions_that_the_collator_makes_of_them():
-    from run_summarization import PackingCollator
+    from fast_batches import PackingCollator
 
     dice = np.random.default_rng(0)
     lengths = [dice.integers(3, 100, 70), dice.integers(2, 20, 70)]
@@ -266,11 +259,12 @@ def test_frequent_targets_are_boilerplate():
     measured, often = tool.measure_targets({"folded_hash": hashes, "copied": copied, **tokens})
     assert often == [(0, 6), (6, 5)]
     assert (measured["frequent_limit"], measured["frequent_rows"], measured["frequent_share"]) == (5, 11, 0.11)
-    assert [measured[key] for key, _ in tool.COPIED] == [1, 2, 1, 2] and measured["copied_share"] == 0.04
+    kinds = ("equal_source", "start_source", "inside_source", "longer_than_source")
+    assert [measured[kind] for kind in kinds] == [1, 2, 1, 2] and measured["copied_share"] == 0.04
 
 
 def test_rows_in_another_language_are_found_and_short_ones_are_not_judged(identifier):
-    sample = [(text, "great", 1, None) for text in ENGLISH * 20]
+    sample = [(text, "great", None) for text in ENGLISH * 20]
     language = tool.learn_language(sample, identifier)
     assert language["main"] == "en" and language["sample"] == {"en": 60}
     texts = [*ENGLISH, SPANISH, "Perfecto!", "12 34 56 78 90 11"]
@@ -304,24 +298,121 @@ def test_the_rows_to_read_are_the_extreme_ones():
 # ------------------------------------------------------------------------------------------------ template
 
 
-@pytest.mark.parametrize("context", ["", "a camera bought for my trip"])
-def test_the_template_is_counted_as_the_training_script_writes_it(words, context):
-    import jinja2
+NO_FLAGS = argparse.Namespace(text_column=None, summary_column=None, data_format=None, prompt_template=None)
+
+
+def choose(tmp_path, columns, *flags):
+    """What the report takes a file with these columns for."""
+    path = write_csv(tmp_path / "columns.csv", [["x"] * len(columns)], columns)
+    chosen, problems = tool.choose_tasks(tool.parse_args(["--train_file", path, "--output_dir", "out", *flags]))
+    assert not problems
+    return chosen["train"][1]
+
+
+@pytest.mark.parametrize("first", run_summarization.KNOWN_COLUMNS)
+def test_texts_and_summaries_are_the_columns_that_training_takes(tmp_path, first):
+    for second in run_summarization.KNOWN_COLUMNS:
+        columns = sorted({*first, *second, "id"})
+        task = choose(tmp_path, columns)
+        assert (task["task"], task["columns"]) == ("summarization", run_summarization.find_columns(columns, NO_FLAGS))
+
+
+def test_the_columns_named_by_flags_are_those_that_training_takes(tmp_path):
+    for flags in (["--summary_column", "title"], ["--summary_column", "text", "--text_column", "title"]):
+        given = argparse.Namespace(
+            **{"text_column": None, **{flags[i][2:]: flags[i + 1] for i in range(0, len(flags), 2)}}
+        )
+        columns = ["article", "highlights", "text", "title"]
+        assert choose(tmp_path, columns, *flags)["columns"] == run_summarization.find_columns(columns, given)
+
+
+@pytest.mark.parametrize("first", run_clm_instruct.KNOWN_FORMATS)
+def test_instructions_chats_and_text_are_the_columns_that_training_takes(tmp_path, first):
+    for second in run_clm_instruct.KNOWN_FORMATS:
+        columns = sorted({*first[1], *second[1], "id"})
+        task = choose(tmp_path, columns)
+        assert (task["format"], task["columns"]) == run_clm_instruct.find_format(columns, NO_FLAGS)
+
+
+def make_chats(count):
+    dice = random.Random(6)
+    for _ in range(count):
+        yield [" ".join(dice.choices(WORDS, k=dice.randrange(1, 40))) for _ in range(4)]
+
+
+LAYOUTS = {
+    "dolly": lambda a, b, c, d: {"instruction": a, "context": c if len(c) > 60 else "", "response": b},
+    "alpaca": lambda a, b, c, d: {"instruction": a, "input": c if len(c) > 60 else None, "output": b},
+    "prompt": lambda a, b, c, d: {"question": a, "answer": b},
+    "chat": lambda a, b, c, d: {
+        "messages": [{"role": r, "content": t} for r, t in zip(("user", "assistant") * 2, (a, b, c, d), strict=True)]
+    },
+    "sharegpt": lambda a, b, c, d: {"conversations": [{"from": "human", "value": a}, {"from": "gpt", "value": b}]},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_tokens_are_counted_as_the_training_script_encodes_the_rows(quick, words, tmp_path, layout, monkeypatch):
     from transformers import AutoTokenizer
 
-    tokenizer, scope = AutoTokenizer.from_pretrained(words), {}
-    blocks = read_blocks(ROOT / "run_clm_instruct.py")
-    exec(blocks["DOLLY_INTRO"] + "\n" + blocks["PROMPT_TEMPLATES"], scope)
-    template = jinja2.Environment().from_string(scope["PROMPT_TEMPLATES"]["dolly"])
-    user = {"role": "user", "content": "is it great", "context": context}
-    answer = {"role": "assistant", "content": "the lens is"}
-    text = template.render(messages=[user, answer], bos_token="<s> ", eos_token=" </s>")
-    row = {"instruction": user["content"], "context": context, "response": answer["content"]}
-    task = {"task": "instruction", "columns": ["instruction", "context", "response"], "label": None}
-    source, target, answers, _ = tool.to_example(row, task)
-    per_row, per_answer, name = tool.count_template(tokenizer, "instruction")
-    counted = sum(len(tokenizer(part, add_special_tokens=False)["input_ids"]) for part in (source, target))
-    assert counted + per_row + per_answer * answers == len(text.split()) and name == "dolly"
+    rows = [LAYOUTS[layout](*texts) for texts in make_chats(50)]
+    flags = ["--prompt_template", "alpaca"] if layout == "sharegpt" else []
+    arguments = ["--train_file", write_jsonl(tmp_path / "a.jsonl", rows), "--tokenizer_name", words, *flags]
+    monkeypatch.setattr(tool, "ROWS_AT_A_TIME", 7)
+    assert tool.main([*arguments, "--output_dir", str(tmp_path / "out")]) == 0
+    measures = json.loads((tmp_path / "out/measures.json").read_text())
+    names = {"chat": "dolly", "prompt": "plain", "sharegpt": "alpaca"}  # for chats training wants a template named
+    template = names.get(layout, layout)
+    assert measures["template"] == template
+    assert ("--prompt_template", template) in [(flag["flag"], flag["value"]) for flag in measures["recommended"]]
+
+    tokenizer = AutoTokenizer.from_pretrained(words)
+    data_format, columns = run_clm_instruct.find_format(list(rows[0]), NO_FLAGS)
+    run_clm_instruct.set_prompt_template(tokenizer, argparse.Namespace(prompt_template=template), data_format)
+    batch = {name: [row[name] for row in rows] for name in columns}
+    encoded = run_clm_instruct.encode_chats(batch, tokenizer, data_format, columns, 10**6)
+    assert not any(encoded["problem"])
+    answers = np.array([sum(label != -100 for label in labels) for labels in encoded["labels"]])
+    whole = np.array([len(ids) for ids in encoded["input_ids"]])
+    limit = measures["maxima"]["example"][1]
+    for part, lengths in (("prompt", whole - answers), ("answer", answers), ("example", whole)):
+        assert measures["lengths"][part] == tool.describe_lengths(lengths, [*tool.CUT_CANDIDATES, limit])
+    assert measures["vocabulary"]["tokens"] == whole.sum()
+
+
+def test_tokens_of_texts_and_summaries_are_counted_as_the_training_script_tokenizes_the_rows(quick, words, tmp_path):
+    from transformers import AutoTokenizer
+
+    rows = [(f" {a} ", b) for a, b, _, _ in make_chats(50)]
+    arguments = ["--train_file", write_csv(tmp_path / "a.csv", rows), "--tokenizer_name", words]
+    assert tool.main([*arguments, "--source_prefix", "it is: ", "--output_dir", str(tmp_path / "out")]) == 0
+    measures = json.loads((tmp_path / "out/measures.json").read_text())
+    limits = {"max_source_length": 999, "max_target_length": 999, "pad_to_max_length": False}
+    tokenizer = AutoTokenizer.from_pretrained(words)
+    batch = {"source": [source for source, _ in rows], "reference": [target for _, target in rows]}
+    encoded = run_summarization.tokenize_rows(batch, tokenizer, tokenizer, "it is: ", limits)
+    for part, name in (("source", "input_ids"), ("target", "labels")):
+        candidates = [*tool.CUT_CANDIDATES, *(limit for _, limit in measures["maxima"].values())]
+        lengths = np.array([len(ids) for ids in encoded[name]])
+        assert measures["lengths"][part] == tool.describe_lengths(lengths, candidates)
+
+
+def test_rows_that_the_template_refuses_are_odd(quick, words, tmp_path, capsys):
+    alternating = [{"role": role, "content": "it is"} for role in ("user", "assistant")]
+    rows = [{"messages": alternating}] * 9
+    rows.insert(4, {"messages": alternating[:1] + alternating})
+    template = "{% for message in messages %}{% if message.role == 'user' and not loop.last "
+    template += "and loop.nextitem.role == 'user' %}{{ raise_exception('two questions') }}{% endif %}"
+    (tmp_path / "own.jinja").write_text(template + "{{ message.content + ' ' }}{% endfor %}")
+    arguments = ["--train_file", write_jsonl(tmp_path / "a.jsonl", rows), "--tokenizer_name", words]
+    arguments += ["--prompt_template", str(tmp_path / "own.jinja"), "--output_dir"]
+    assert tool.main([*arguments, str(tmp_path / "out")]) == 0
+    entry = json.loads((tmp_path / "out/measures.json").read_text())["rows"]["train"]
+    reason = "the template says: two questions"
+    assert entry == {"read": 10, "measured": 9, "odd": {reason: {"rows": 1, "lines": [5]}}}
+    write_jsonl(tmp_path / "a.jsonl", rows[4:5])
+    assert tool.main([*arguments, str(tmp_path / "none")]) == 2
+    assert f"no row can be measured: {reason} (1 rows)" in capsys.readouterr().err
 
 
 # -------------------------------------------------------------------------------------------- from files to a report
@@ -430,7 +521,9 @@ def test_the_recommended_flags_are_those_of_the_training_scripts(quick, report, 
         for flag in flags["recommended"]:
             assert flag["flag"] in trainer or f"    {flag['flag'][2:]}: " in source, flag
     assert [flag["flag"] for flag in measures["recommended"]][:2] == ["--max_seq_length", "--prompt_template"]
-    assert measures["lengths"]["prompt"]["max"] == 118 and measures["lengths"]["answer"]["max"] == 7
+    template = f"{run_clm_instruct.DOLLY_INTRO} ### Instruction: ### Response:".split()
+    assert measures["lengths"]["prompt"]["max"] == 118 + len(template)
+    assert measures["lengths"]["answer"]["max"] == 7 + 1  # </s>
     assert measures["labels"] == [
         {"label": label, "rows": rows, "share": rows / 59} for label, rows in (("b", 39), ("a", 19), (None, 1))
     ]
@@ -442,7 +535,8 @@ def test_a_maximum_that_cuts_more_than_asked_for_is_said_first(quick, words, tmp
     arguments = ["--train_file", write_jsonl(tmp_path / "a.jsonl", rows), "--tokenizer_name", words]
     assert tool.main([*arguments, "--model_name_or_path", str(tmp_path), "--output_dir", str(tmp_path / "out")]) == 0
     measures = json.loads((tmp_path / "out/measures.json").read_text())
-    over = sum(2 * i + 1 + measures["template"]["row"] + measures["template"]["answer"] > 64 for i in range(1, 41))
+    template = measures["lengths"]["example"]["max"] - (2 * 40 + 1)  # of the longest row
+    over = sum(2 * i + 1 + template > 64 for i in range(1, 41))
     assert measures["maxima"] == {"example": ["max_seq_length", 64]} and over > 1
     said = f"--max_seq_length 64, all that the model has room for, cuts {over} examples ({over / 40:.1%})."
     assert measures["advice"][0] == said and "the model has no more positions" in measures["recommended"][0]["why"]
@@ -497,29 +591,29 @@ def test_every_kind_of_file_gives_the_same_measures(words, tmp_path, kind, repor
             stream.writelines(json.dumps(row) + "\n" for row in rows)
     chosen, problems = tool.choose_tasks(tool.parse_args(["--train_file", str(path), "--output_dir", "out"]))
     assert (
-        not problems and chosen["train"][1]["columns"] == ["text", "title"] and chosen["train"][1]["label"] == "label"
+        not problems and chosen["train"][1]["columns"] == ("text", "title") and chosen["train"][1]["label"] == "label"
     )
-    examples = [example for _, _, example in tool.read_examples(*chosen["train"])]
-    assert examples == [(row["text"], row["title"], 1, row["label"]) for row in rows]
+    examples = [example for *_, example in tool.read_examples(*chosen["train"])]
+    assert examples == [(row["text"], row["title"], row["label"]) for row in rows]
 
 
 def test_chats_and_plain_text_are_read_as_prepare_instruct_writes_them():
     turns = [("system", "be kind"), ("user", "hi"), ("assistant", "hello"), ("user", "why"), ("assistant", "so")]
     row = {"messages": [{"role": role, "content": content} for role, content in turns]}
-    assert tool.to_example(row, {"task": "chat", "columns": ["messages"], "label": None}) == (
-        "be kind\nhi\nwhy",
-        "hello\nso",
-        2,
-        None,
-    )
-    with pytest.raises(tool.RowFault, match="no answer"):
-        tool.to_example({"messages": row["messages"][:2]}, {"task": "chat", "columns": ["messages"], "label": None})
-    assert tool.to_example({"text": "all"}, {"task": "text", "columns": ["text"], "label": None}) == (
-        "all",
-        "",
-        0,
-        None,
-    )
+    chat = {"task": "chat", "format": "chat", "columns": ("messages",), "label": None}
+    assert tool.to_example(row, chat) == ("be kind\nhi\nwhy", "hello\nso", None)
+    with pytest.raises(tool.RowError, match="no answer"):
+        tool.to_example({"messages": row["messages"][:2]}, chat)
+    text = {"task": "text", "format": "text", "columns": ("text",), "label": None}
+    assert tool.to_example({"text": "all"}, text) == ("all", "", None)
+    dolly = {
+        "task": "instruction",
+        "format": "dolly",
+        "columns": ("instruction", "context", "response"),
+        "label": None,
+    }
+    row = {"instruction": "why", "context": "it rains", "response": "so"}
+    assert tool.to_example(row, dolly) == ("why\n\nInput:\nit rains", "so", None)
 
 
 def test_plain_text_has_lengths_and_no_targets(quick, words, tmp_path):
@@ -547,7 +641,8 @@ def test_every_problem_is_said_at_once_and_nothing_is_written(tmp_path, capsys):
         "--max_cut_share 2.0: must be 0 or more and below 1",
         "--model_name_or_path or --tokenizer_name is missing",
         "not empty, nothing is overwritten",
-        "neither instructions (instruction, response)",
+        "needs the columns instruction, context, response (dolly); or",
+        "of texts and summaries name both columns, by --text_column and --summary_column",
         "--validation_file no.csv: no such file",
     ):
         assert sentence in said, said
@@ -557,7 +652,7 @@ def test_every_problem_is_said_at_once_and_nothing_is_written(tmp_path, capsys):
 @pytest.mark.parametrize(
     "content, flags, said",
     [
-        ("text,title\na,b\n", ["--text_column", "body"], "--text_column body: no such column in"),
+        ("text,title\na,b\n", ["--text_column", "body"], "has no column 'body' (--text_column); it has text, title"),
         ("text,text\na,b\n", [], "the header names text more than once"),
         ('text,title\n"a,b\n', [], "the record that starts here is not CSV"),
         ("text,title\n,b\n,c\n", [], "no row can be measured: text is empty (2 rows)"),
