@@ -54,21 +54,24 @@ from table_files import (
 
 SPLIT_NAMES = ("train.jsonl", "validation.jsonl")
 INPUT_ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
-# {what it becomes: column}. The first one whose columns are there is taken: many a chat or instruction file carries a
-# prompt or the whole as text besides. Context and category may be absent.
+# {what it becomes: column}. The first one whose columns are there is taken, in the order of run_clm_instruct.py, which
+# knows most of them; a test holds the two together. A context and a category are taken where there is one.
 FORMATS = (
-    ("chat", {"messages": "messages"}),
-    ("sharegpt", {"messages": "conversations"}),
     ("dolly", {"instruction": "instruction", "context": "context", "response": "response"}),
     ("alpaca", {"instruction": "instruction", "context": "input", "response": "output"}),
-    ("prompt", {"instruction": "prompt", "context": "context", "response": "completion"}),
-    ("prompt", {"instruction": "prompt", "context": "context", "response": "response"}),
-    ("prompt", {"instruction": "question", "context": "context", "response": "answer"}),
+    ("chat", {"messages": "messages"}),
+    ("sharegpt", {"messages": "conversations"}),
+    ("chat", {"messages": "conversation"}),
+    ("prompt", {"instruction": "prompt", "response": "completion"}),
+    ("prompt", {"instruction": "prompt", "response": "response"}),
+    ("prompt", {"instruction": "question", "response": "answer"}),
+    ("dolly", {"instruction": "instruction", "response": "response"}),
+    ("alpaca", {"instruction": "instruction", "response": "output"}),
     ("text", {"text": "text"}),
 )
-OPTIONAL_FIELDS = ("context", "category")
+OPTIONAL_FIELDS = {"context": "context", "category": "category"}
 ROLES = {role: role for role in ("system", "user", "assistant", "tool")}
-ROLES |= {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
+ROLES |= {"human": "user"} | dict.fromkeys(("gpt", "chatgpt", "bot", "model"), "assistant")
 HELD_ROWS = 20_000  # rows in memory at a time; the clean ones wait in a temporary file beside the output
 NAMED_PER_REASON = 5  # dropped rows that are named for each reason; all of them are counted
 # Asked for 5 %, from 2.5 to 7.5 % is near enough, and so are five rows more or less.
@@ -126,11 +129,10 @@ def choose_layout(path, columns, args):
         layouts = [("text", {"text": args.text_column})]
     asked = f"--text_column {args.text_column}" if args.text_column else f"--format {args.format}"
     for name, fields in layouts:
-        fields = fields if "instruction" not in fields else fields | {"category": "category"}
-        found = {field: column for field, column in fields.items() if columns.count(column) == 1}
-        if all(field in found or field in OPTIONAL_FIELDS for field in fields):
-            return name, found
-    known = [[column for field, column in fields.items() if field != "context"] for _, fields in layouts]
+        if all(columns.count(column) == 1 for column in fields.values()):
+            extra = OPTIONAL_FIELDS if "instruction" in fields else {}
+            return name, fields | {f: c for f, c in extra.items() if f not in fields and columns.count(c) == 1}
+    known = [list(fields.values()) for _, fields in layouts]
     raise ValueError(
         f"--input_file {path}: {asked} looks for the columns ({') or ('.join(', '.join(names) for names in known)}), "
         f"the file has: {', '.join(columns)}; rename them, or name the one with plain text by --text_column"
@@ -246,6 +248,9 @@ def clean_row(row, fields, counts):
     values = {field: row.get(column) for field, column in fields.items()}
     if "messages" in fields:
         return {"messages": clean_messages(values["messages"], counts)}
+    if isinstance(values.get("instruction"), list):  # a prompt and its completion as lists of messages
+        answer = values["response"] if isinstance(values["response"], list) else [values["response"]]
+        return {"messages": clean_messages([*values["instruction"], *answer], counts)}
     clean = {field: clean_text(value, fields[field], keep_indent=field == "text") for field, value in values.items()}
     if "text" in fields:
         needed = {"text": "empty text"}

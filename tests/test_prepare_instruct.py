@@ -1,6 +1,7 @@
 # Copyright 2026 The plaintune authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 """data_prep/prepare_instruct.py: every layout gives canonical rows, no prompt in both files, every drop counted."""
 
+import argparse
 import csv
 import functools
 import gzip
@@ -15,6 +16,8 @@ from pathlib import Path
 
 import polars as pl
 import pytest
+
+import run_clm_instruct
 
 SCRIPT = Path(__file__).parents[1] / "data_prep" / "prepare_instruct.py"
 spec = importlib.util.spec_from_file_location("prepare_instruct", SCRIPT)
@@ -147,6 +150,51 @@ def test_sharegpt_is_recognised_and_its_roles_renamed(tmp_path):
         roles = [message["role"] for message in row["messages"]]
         assert roles == ["system", "user", "assistant", "user", "assistant", "assistant"]
         assert row["messages"][0] == {"role": "system", "content": "Be kind."}
+
+
+TURNS = [("human", " Hi {}\n"), ("chatgpt", "a"), ("User", "b"), ("bot", "c"), ("model", "d")]
+
+
+def make_row(columns, number):
+    """A row of a layout that run_clm_instruct.py knows."""
+    if columns in (("messages",), ("conversations",)):
+        return {columns[0]: [{"from": role, "value": text.format(number)} for role, text in TURNS]}
+    return {column: f" {column} {number}\n" for column in columns}
+
+
+@pytest.mark.parametrize("data_format, columns", run_clm_instruct.KNOWN_FORMATS)
+def test_every_layout_that_training_knows_is_read_and_means_the_same_to_it_afterwards(tmp_path, data_format, columns):
+    rows = [make_row(columns, i) for i in range(20)]
+    train, validation = run(write_jsonl(tmp_path / "a.jsonl", rows), tmp_path / "out")
+    if data_format == "text":
+        assert same_rows([row["text"].strip() for row in train + validation], [row["text"].strip() for row in rows])
+        return
+    given = argparse.Namespace(text_column=None, data_format=None)
+    written = run_clm_instruct.find_format(list(train[0]), given)
+    assert written[0] == ("chat" if data_format == "sharegpt" else data_format if data_format == "chat" else "dolly")
+    before = [run_clm_instruct.to_messages(row, data_format, columns) for row in rows]
+    assert same_rows([run_clm_instruct.to_messages(row, *written) for row in train + validation], before)
+
+
+@pytest.mark.parametrize("first", run_clm_instruct.KNOWN_FORMATS)
+def test_of_a_file_with_two_layouts_the_one_is_read_that_training_would_take(first):
+    args = argparse.Namespace(text_column=None, data_format=None, format="auto")
+    for second in run_clm_instruct.KNOWN_FORMATS:
+        columns = sorted({*first[1], *second[1]})
+        name, fields = prepare.choose_layout("a.jsonl", columns, args)
+        known, needed = run_clm_instruct.find_format(columns, args)
+        assert name == known and {*needed} == {*fields.values()} - ({"context"} - {*needed})
+
+
+def test_the_roles_are_those_that_training_knows():
+    assert prepare.ROLES == run_clm_instruct.ROLES
+
+
+def test_prompts_and_completions_that_are_lists_of_messages_become_chats(tmp_path):
+    chats = [make_chat(i, ("system", "user", "assistant")) for i in range(9)]
+    rows = [{"prompt": chat[:2], "completion": chat[2:]} for chat in chats]
+    train, validation = run(write_jsonl(tmp_path / "a.jsonl", rows), tmp_path / "out")
+    assert same_rows(train + validation, [{"messages": chat} for chat in chats])
 
 
 @pytest.mark.parametrize("column, flags", [("text", []), ("body", ["--text_column", "body"])])
@@ -354,9 +402,12 @@ def test_columns_of_no_known_layout_are_named(tmp_path, capsys):
     path = write_table(tmp_path / "a.csv", [{"comment": "nice", "stars": "5"}])
     message = refusal(capsys, path, tmp_path / "out")
     assert "a.csv: --format auto looks for" in message and "the file has: comment, stars" in message
-    assert "(messages) or (conversations) or (instruction, response)" in message and "--text_column" in message
+    assert (
+        "(messages) or (conversations) or (conversation) or (prompt, completion)" in message
+        and "--text_column" in message
+    )
     message = refusal(capsys, path, tmp_path / "out", "--format", "alpaca")
-    assert "--format alpaca looks for the columns (instruction, output), the file has: comment" in message
+    assert "--format alpaca looks for the columns (instruction, input, output) or (instruction, output), the file has" in message
     message = refusal(capsys, path, tmp_path / "out", "--text_column", "remark")
     assert "--text_column remark looks for the columns (remark), the file has: comment, stars" in message
 
