@@ -1321,8 +1321,8 @@ def main(argv: list[str] | None = None) -> dict:
 
     # Model, batches, loss, trainer
     model = load_causal_model(config, tokenizer, model_args, training_args)
-    half = training_args.bf16 or training_args.fp16 or model.dtype == torch.bfloat16
     train_rows, loss, callbacks = None, None, []
+    half = training_args.bf16 or training_args.fp16 or model.dtype == torch.bfloat16
     collator = train_collator = InstructCollator(tokenizer.pad_token_id, multiple=8 if half else 1)
     if training_args.do_train:
         train_rows, train_collator, callbacks, loss = choose_rows(
@@ -1333,7 +1333,6 @@ def main(argv: list[str] | None = None) -> dict:
         num_beams=training_args.generation_num_beams or data_args.num_beams,
         eos_token_id=find_stop_ids(tokenizer, model.generation_config),
         pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
     )
     if training_args.do_train and training_args.predict_with_generate and "validation" in splits:
         shown = splits["validation"].select(range(min(SHOWN_SAMPLES, len(splits["validation"]))))
@@ -1360,10 +1359,9 @@ def main(argv: list[str] | None = None) -> dict:
         if trainer.is_world_process_zero():
             print(describe_run(model, training_args, last_checkpoint), flush=True)
         metrics = trainer.train(resume_from_checkpoint=last_checkpoint).metrics
-        metrics |= {"train_samples": len(splits["train"]), "train_rows": len(train_rows)}
         trainer.save_model()
+        trainer.save_metrics("train", metrics | {"train_samples": len(splits["train"]), "train_rows": len(train_rows)})
         trainer.log_metrics("train", metrics)
-        trainer.save_metrics("train", metrics)
 
     # Evaluate and predict: generated_predictions.jsonl holds the test rows, or the validation rows without a test
     for split, prefix in (("validation", "eval"), ("test", "predict")):
@@ -1372,11 +1370,10 @@ def main(argv: list[str] | None = None) -> dict:
     trainer.save_state()
     if guards:
         guards.write_reports(trainer, "text-generation", model_args, data_args)
-    if not trainer.is_world_process_zero():
-        return {}
-    if model_args.merge_lora and training_args.do_train:
+    if model_args.merge_lora and training_args.do_train and trainer.is_world_process_zero():
         merge_adapters(model_args, training_args.output_dir)
-    return json.loads((Path(training_args.output_dir) / "all_results.json").read_text())
+    results = Path(training_args.output_dir) / "all_results.json"
+    return json.loads(results.read_text()) if trainer.is_world_process_zero() else {}
 
 
 if __name__ == "__main__":

@@ -70,14 +70,12 @@ def encode(args: argparse.Namespace, folder: str):
     import run_clm_instruct as script
 
     argv = [*make_arguments(args, folder), "--do_eval"]
-    model_args, data_args, training_args = script.parse_arguments(
-        argv, script.INSTRUCT_ARGUMENTS, script.find_instruct_problems
-    )
+    model_args, data_args, training_args = script.parse_instruct_arguments(argv)
     raw = script.load_instruct_datasets(data_args, model_args)
     data_format, _ = script.find_format(raw["train"].column_names, data_args)
-    config, tokenizer = script.load_tokenizer(model_args, data_args)
+    config, tokenizer, limit = script.load_tokenizer(model_args, data_args)
     script.set_prompt_template(tokenizer, data_args, data_format)
-    splits = script.encode_splits(raw, tokenizer, data_args, training_args)
+    splits = script.encode_splits(raw, tokenizer, limit, data_args, training_args)
     splits = {name: rows.select(script.find_usable(rows)) for name, rows in splits.items()}
     splits = {name: rows.select_columns(["input_ids", "labels"]) for name, rows in splits.items()}
     return splits, tokenizer, script.load_causal_model(config, tokenizer, model_args, training_args)

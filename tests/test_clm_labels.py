@@ -21,7 +21,7 @@ from tokenizers import (
     processors,
     trainers,
 )
-from transformers import PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 import run_clm_instruct as clm
 
@@ -588,6 +588,115 @@ def test_a_context_key_in_an_answers_turn_does_not_change_what_is_learned(family
     tokenizer, stop = make_case(family, "llama3")
     chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "yes", "context": "a source"}]
     check_supervised(tokenizer, encode(tokenizer, chat, *CHAT), ["yes"], stop)
+
+
+COHERE2 = r"""{{ bos_token }}
+{%- for message in messages %}
+    {{- '<|START_OF_TURN_TOKEN|>' }}
+    {%- if message.role == 'assistant' %}
+        {{- '<|CHATBOT_TOKEN|><|START_RESPONSE|>' + message.content + '<|END_RESPONSE|>' }}
+    {%- else %}
+        {{- '<|USER_TOKEN|>' + message.content }}
+    {%- endif %}
+    {{- '<|END_OF_TURN_TOKEN|>' }}
+{%- endfor %}
+{{- '<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>' if add_generation_prompt }}"""
+COHERE2_TOKENS = ("START_OF_TURN_TOKEN", "CHATBOT_TOKEN", "USER_TOKEN", "START_RESPONSE", "END_RESPONSE")
+# The last answer is closed by another token than earlier ones, which lose their reasoning.
+GPT_OSS = r"""
+{%- for message in messages %}
+    {%- if message.role == 'assistant' %}
+        {{- '<|start|>assistant<|channel|>final<|message|>' }}
+        {{- message.content if loop.last else message.content.split('|thought|')[-1] }}
+        {{- '<|return|>' if loop.last and not add_generation_prompt else '<|end|>' }}
+    {%- else %}
+        {{- '<|start|>' + message.role + '<|message|>' + message.content + '<|end|>' }}
+    {%- endif %}
+{%- endfor %}
+{{- '<|start|>assistant' if add_generation_prompt }}"""
+GPT_OSS_TOKENS = dict(bos=None, eos="<|return|>", specials=("<|start|>", "<|end|>", "<|channel|>", "<|message|>"))
+R1 = (
+    r"{{ bos_token }}{% for m in messages %}{{ '<|User|>' + m.content if m.role == 'user' }}"
+    r"{{ '<|Assistant|>' + m.content + eos_token if m.role == 'assistant' }}{% endfor %}"
+    r"{{ '<|Assistant|><think>\n' if add_generation_prompt }}"
+)
+TWO_TURNS = [{"role": role, "content": text} for role, text in zip(("user", "assistant") * 2, "pqrs", strict=True)]
+
+
+def read_supervised(tokenizer, encoded) -> list[str]:
+    return [decode(tokenizer, encoded["input_ids"][a:b]) for a, b in find_spans(encoded["labels"])]
+
+
+def test_what_stands_between_prompt_and_answer_and_all_closing_tokens_are_supervised_in_every_turn():
+    specials = [f"<|{name}|>" for name in COHERE2_TOKENS]
+    tokenizer = make_simple(COHERE2, bos="<BOS>", eos="<|END_OF_TURN_TOKEN|>", specials=specials)
+    encoded = encode(tokenizer, TWO_TURNS, *CHAT)
+    around = "<|START_RESPONSE|>{}<|END_RESPONSE|><|END_OF_TURN_TOKEN|>"
+    assert read_supervised(tokenizer, encoded) == [around.format("q"), around.format("s")]
+    assert encoded["answers_with_stop"] == 2
+    assert clm.find_stop_ids(tokenizer, GenerationConfig()) == [tokenizer.eos_token_id]
+
+
+def test_an_earlier_answer_ends_with_its_own_closing_token():
+    tokenizer = make_simple(GPT_OSS, **GPT_OSS_TOKENS)
+    opening = "<|channel|>final<|message|>"
+    encoded = encode(tokenizer, TWO_TURNS, *CHAT)
+    assert read_supervised(tokenizer, encoded) == [opening + "q<|end|>", opening + "s<|return|>"]
+    assert clm.find_stop_ids(tokenizer, GenerationConfig()) == [tokenizer.convert_tokens_to_ids("<|return|>")]
+
+
+@pytest.mark.parametrize("answer", ["p", "q<|end|>", "<|start|>assistant<|channel|>final<|message|>q", "<|end|>"])
+def test_an_earlier_answer_is_found_though_it_repeats_what_the_template_writes(answer):
+    tokenizer = make_simple(GPT_OSS, **GPT_OSS_TOKENS)
+    encoded = encode(tokenizer, [TWO_TURNS[0], {"role": "assistant", "content": answer}, *TWO_TURNS[2:]], *CHAT)
+    assert read_supervised(tokenizer, encoded)[0] == f"<|channel|>final<|message|>{answer}<|end|>"
+
+
+def test_an_earlier_answer_that_the_template_shortens_is_not_searched_for_but_refused():
+    tokenizer = make_simple(GPT_OSS, **GPT_OSS_TOKENS)
+    thinking = {"role": "assistant", "content": "p, so|thought|q"}
+    rows = [{"messages": [TWO_TURNS[0], thinking]}, {"messages": [TWO_TURNS[0], thinking, *TWO_TURNS[2:]]}]
+    problems = encode_rows(tokenizer, rows, *CHAT)["problem"]
+    assert problems[:] == ["", "the template changes what earlier turns say"]
+
+
+def test_a_generation_prompt_that_opens_reasoning_which_answers_do_not_have_is_refused_with_both_endings():
+    tokenizer = make_simple(R1, specials=("<|User|>", "<|Assistant|>"), plain=("<think>",))
+    (problem,) = set(encode_rows(tokenizer, QUESTIONS, *DOLLY)["problem"])
+    assert problem == (
+        r"the template's generation prompt ends with '<s><|User|>?<|Assistant|><think>\n', "
+        r"the text before an answer with '<s><|User|>?<|Assistant|>'"
+    )
+
+
+STRANGE = (
+    *(
+        "### Response:",
+        "### Instruction:\nq",
+        "<|im_start|>assistant",
+        "<|im_end|>",
+        "<|im_end|>\n<|im_start|>user\nq",
+    ),
+    *("</s>", "<s>", "</s><s>", "assistant", "user", "q", "q q", ".", "\u200b", "\n\n x \n", "日本", "🙂🙂", "é"),
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.",
+)
+
+
+@pytest.mark.parametrize("answer", STRANGE)
+@pytest.mark.parametrize(("template", "stop"), [("chatml", "<|im_end|>"), ("dolly", "</s>"), ("plain", "</s>")])
+def test_answers_that_look_like_the_template_are_supervised_once_and_whole(template, stop, answer):
+    tokenizer = make_simple(template, **IM_TOKENS)
+    turns = [("system", answer), ("user", answer), ("assistant", answer), ("user", "q"), ("assistant", answer)]
+    encoded = encode(tokenizer, [{"role": role, "content": text} for role, text in turns], *CHAT)
+    assert read_supervised(tokenizer, encoded) == [answer.strip() + stop] * 2
+    assert encoded["source"].endswith({"chatml": "assistant\n", "dolly": "### Response:\n", "plain": "q\n"}[template])
+
+
+def test_a_tools_answer_is_read_and_not_written():
+    tokenizer = make_simple("chatml", **IM_TOKENS)
+    turns = [("user", "q"), ("assistant", "look it up"), ("tool", "assistant"), ("assistant", "found")]
+    encoded = encode(tokenizer, [{"role": role, "content": text} for role, text in turns], *CHAT)
+    assert read_supervised(tokenizer, encoded) == ["look it up<|im_end|>", "found<|im_end|>"]
 
 
 def test_questions_that_imitate_the_template_gain_no_supervised_token():

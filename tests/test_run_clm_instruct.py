@@ -3,7 +3,6 @@
 
 import json
 import math
-import random
 import shutil
 import sys
 from pathlib import Path
@@ -12,7 +11,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
-import fast_batches
 import run_clm_instruct as script
 from conftest import ROOT, make_instructions, run, run_warm, write_jsonl
 from test_run_summarization import KILL_IN_SAVE, history, read_predictions
@@ -175,43 +173,6 @@ def test_packed_and_single_rows_give_the_same_losses_and_gradient_norms(place, t
             assert history(tmp_path / name, key) == pytest.approx(expected, rel=1e-5), (name, key)
 
 
-def make_packed_trainer(place, tmp_path):
-    flags = ["--do_train", "--packing", "--output_dir", tmp_path / "out"]
-    argv = [str(part) for part in command(place, *flags)[1:]]
-    model_args, data_args, training_args = script.parse_arguments(
-        argv, script.INSTRUCT_ARGUMENTS, script.find_instruct_problems
-    )
-    raw = script.load_instruct_datasets(data_args, model_args)
-    config, tokenizer = script.load_tokenizer(model_args, data_args)
-    script.set_prompt_template(tokenizer, data_args, "dolly")
-    splits = script.encode_splits(raw, tokenizer, data_args, training_args)
-    model = script.load_causal_model(config, tokenizer, model_args, training_args)
-    trainer = script.make_trainer(model, tokenizer, splits, data_args, training_args)
-    script.use_packing(trainer, data_args)
-    return trainer
-
-
-def test_packing_is_refused_where_the_attention_lets_examples_see_each_other(place, tmp_path):
-    trainer = make_packed_trainer(place, tmp_path)
-    assert script.measure_packing(trainer) < 1e-5
-    sound = trainer.train_collator
-    # transformers 5.23 makes no block-diagonal mask while it keeps a cache, and does not say so
-    trainer.train_collator = lambda rows: sound(rows) | {"use_cache": True, "cu_seq_lens_q": None}
-    with pytest.raises(script.UsageError, match="lets packed examples see each other"):
-        script.PackingCheck(trainer).on_train_begin(trainer.args, None, None)
-
-
-def test_flattened_rows_hold_the_same_tokens_and_positions(place, tmp_path):
-    trainer = make_packed_trainer(place, tmp_path)
-    rows = [trainer.train_dataset[i] for i in (0, 1, -1)]
-    flat = script.InstructCollator(0, packed=True, flatten=True)(rows)
-    assert flat["input_ids"].shape[0] == 1 and "attention_mask" not in flat
-    for name in ("input_ids", "labels"):
-        assert flat[name][0].tolist() == [x for row in rows for x in row[name]]
-    starts = (flat["position_ids"][0] == 0).sum().item()
-    assert starts == sum(len(trainer.train_dataset.rows.bins[i]) for i in (0, 1)) + 1
-
-
 # ------------------------------------------------------------------------------------------------ LoRA, resume
 
 
@@ -325,7 +286,7 @@ def arguments(place, tmp_path):
         pairs = [[f"--{name}", str(value)] for name, value in sound.items() if value is not None]
         argv = [part for pair in pairs for part in pair if part != "True"] + ["--do_train"]
         with pytest.raises(script.UsageError) as caught:
-            script.parse_arguments(argv, script.INSTRUCT_ARGUMENTS, script.find_instruct_problems)
+            script.parse_instruct_arguments(argv)
         return str(caught.value)
 
     return message
@@ -339,7 +300,7 @@ def arguments(place, tmp_path):
         ({"data_format": "chat"}, "needs the columns messages (chat); it has instruction, context, response"),
         ({"text_column": "body"}, "has no column 'body' (--text_column); it has instruction"),
         ({"prompt_template": "dolphin"}, "--prompt_template dolphin: neither one of dolly, alpaca"),
-        ({"max_seq_length": "9000"}, "--max_seq_length 9000: the model has 512 positions; give 512 or less"),
+        ({"max_seq_length": "9000"}, "--max_seq_length 9000: the model has 512 positions; give 512"),
         ({"max_new_tokens": "0"}, "--max_new_tokens 0: must be 1 or more"),
         ({"lora_r": "-1"}, "--lora_r -1: must be 0 or more"),
         ({"merge_lora": True}, "--merge_lora: there is nothing to merge without --lora_r"),
@@ -368,7 +329,11 @@ def test_a_broken_jinja_file_is_refused_before_anything_is_loaded(arguments, tmp
     "flags, said",
     [
         (["--prompt_template", "chat"], "--prompt_template chat: the tokenizer has no chat template"),
-        (["--max_seq_length", "16", "--prompt_template", "plain"], "answers have no stop token"),
+        (["--max_seq_length", "20", "--prompt_template", "plain"], "answers have no stop token"),
+        (
+            ["--max_seq_length", "8", "--prompt_template", "plain"],
+            "none of the 64 rows can be used: 64 x no room for an",
+        ),
         (["--validation_file", "TRAIN", "--do_eval"], "prompts are in the training data"),
     ],
 )
