@@ -407,7 +407,7 @@ def test_columns_of_no_known_layout_are_named(tmp_path, capsys):
         and "--text_column" in message
     )
     message = refusal(capsys, path, tmp_path / "out", "--format", "alpaca")
-    assert "--format alpaca looks for the columns (instruction, input, output) or (instruction, output), the file has" in message
+    assert "looks for the columns (instruction, input, output) or (instruction, output), the file has" in message
     message = refusal(capsys, path, tmp_path / "out", "--text_column", "remark")
     assert "--text_column remark looks for the columns (remark), the file has: comment, stars" in message
 
