@@ -1,14 +1,14 @@
 # Copyright 2026 The plaintune authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.8", "transformers>=5.17", "safetensors", "matplotlib"]
+# dependencies = ["torch>=2.8", "transformers>=5.17", "datasets", "safetensors"]
 # ///
 """
-Refuses bad input early and all at once, goes on after a kill, draws curves, keeps MLflow's run, ends ranks together.
+Refuses bad input early and all at once, starts ranks, goes on after a kill, ends ranks together.
 
 Optional beside run_summarization.py, run_clm_instruct.py and run_generation.py: they compute the same without it. In
 the order in which a run meets them: read_arguments, check_training or check_generation, start_ranks, set_up_logging,
-find_checkpoint, start_tracking, write_reports, run_and_exit.
+find_checkpoint, run_and_exit.
 """
 
 import argparse
@@ -486,95 +486,6 @@ def is_whole(path: Path) -> bool:
             return True
     except (SafetensorError, OSError):
         return False
-
-
-# ------------------------------------------------------------------------------------------------ tracking
-
-
-def start_tracking(trainer, *arguments) -> None:
-    """
-    With --report_to mlflow, begin the one run of training, evaluation and prediction; on the first rank only.
-
-    arguments: the script's dataclasses, logged but for the token. The trainer's callback ends the run it starts itself
-    when training ends, and what is evaluated later would begin a second one (transformers 5.23). A run it finds it
-    goes on with and leaves open, for write_reports.
-    """
-    args = trainer.args
-    if "mlflow" not in args.report_to or not trainer.is_world_process_zero():
-        return
-    import mlflow
-
-    if not mlflow.is_tracking_uri_set():
-        mlflow.set_tracking_uri("sqlite:///mlflow.db")
-    run = mlflow.active_run() or mlflow.start_run(run_name=args.run_name)
-    atexit.register(mlflow.end_run, "FAILED")  # of a run that write_reports has ended it does nothing
-    # The callback logs the trainer's flags and the model's configuration, which may have a name of ours. Asynchronous
-    # as there: a run that is gone on with (MLFLOW_RUN_ID) keeps its first values, and no error is raised.
-    given = {k: v for part in arguments for k, v in vars(part).items() if k != "token"}
-    given = {f"flag.{k}" if hasattr(trainer.model.config, k) else k: v for k, v in given.items()}
-    mlflow.log_params(given, synchronous=False)
-    if isinstance(args.deepspeed, str):
-        mlflow.log_artifact(args.deepspeed)
-    print(f"MLflow run {run.info.run_name} ({run.info.run_id}) in {mlflow.get_tracking_uri()}", flush=True)
-
-
-def end_tracking(folder: Path) -> None:
-    """End the MLflow run with the results' files in it, the generated texts as a table too."""
-    import mlflow
-
-    for name in ("all_results.json", "training_curves.png", "generated_predictions.jsonl"):
-        if (folder / name).is_file():
-            mlflow.log_artifact(folder / name)
-    if (folder / "generated_predictions.jsonl").is_file():
-        rows = [json.loads(row) for _, row in decode_lines(folder / "generated_predictions.jsonl")]
-        mlflow.log_table({name: [row[name] for row in rows] for name in rows[0]}, "generated_predictions.json")
-    mlflow.flush_async_logging()
-    mlflow.end_run()
-
-
-def write_reports(trainer, task: str, model_args, data_args) -> None:
-    """Curves, model card, and the end of MLflow's run; on the first rank only."""
-    if not trainer.is_world_process_zero():
-        return
-    folder = Path(trainer.args.output_dir)
-    if trainer.state.log_history:
-        draw_curves(trainer.state.log_history, folder / "training_curves.png")
-    if trainer.args.do_train:
-        card = {"finetuned_from": model_args.model_name_or_path, "tasks": task}
-        if data_args.dataset_name is not None:
-            card |= {"dataset_tags": data_args.dataset_name, "dataset": data_args.dataset_name}
-        trainer.create_model_card(**card)
-    if "mlflow" in trainer.args.report_to:
-        end_tracking(folder)
-
-
-def draw_curves(history: list[dict], path: Path) -> None:
-    """Loss, ROUGE, learning rate and gradient norm over the steps, from the trainer's log history, as a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    panels = {
-        "loss": ("loss", "eval_loss"),
-        "ROUGE (validation)": ("eval_rouge1", "eval_rouge2", "eval_rougeL"),
-        "token accuracy (validation)": ("eval_token_accuracy",),
-        "learning rate": ("learning_rate",),
-        "gradient norm": ("grad_norm",),
-    }
-    panels = {title: names for title, names in panels.items() if any(n in entry for entry in history for n in names)}
-    figure = Figure(figsize=(5 * max(len(panels), 1), 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(1, max(len(panels), 1), squeeze=False)[0]
-    for axis, (title, names) in zip(axes, panels.items(), strict=False):
-        for name in names:
-            points = [(entry["step"], entry[name]) for entry in history if name in entry]
-            if points:
-                marker = "o" if len(points) < 30 else None
-                axis.plot(*zip(*points, strict=True), marker=marker, markersize=3, label=name)
-        axis.set_title(title)
-        axis.set_xlabel("step")
-        axis.grid(alpha=0.3)
-        axis.legend()
-    figure.savefig(path, dpi=120)
 
 
 # ------------------------------------------------------------------------------------------------ exit

@@ -68,6 +68,10 @@ try:
 except ModuleNotFoundError:
     guards, UsageError = None, ValueError
 try:
+    import reports
+except ModuleNotFoundError:
+    reports = None
+try:
     import fast_batches
 except ModuleNotFoundError:
     fast_batches = None
@@ -208,22 +212,20 @@ def parse_instruct_arguments(argv: list[str]):
 
 
 def has_fast_bf16(use_cpu: bool) -> bool:
-    """Whether the device multiplies bf16 matrices in hardware; elsewhere bf16 takes twice as long as fp32."""
+    """Whether the device has instructions for bf16 matrices; elsewhere they take twice as long as fp32."""
     if not use_cpu:
         return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
-    known = torch.cpu.get_capabilities()
-    return bool(known.get("amx_bf16") or known.get("avx512_bf16"))
+    return any(torch.cpu.get_capabilities().get(name) for name in ("amx_bf16", "avx512_bf16"))
 
 
 def choose_bf16(args: argparse.Namespace) -> bool:
-    """bf16 where neither flag nor file says anything about precision and the hardware is fast at it."""
-    # ACCELERATE_MIXED_PRECISION is set by `accelerate launch`.
-    if args.fp16 or args.pure_bf16 or "ACCELERATE_MIXED_PRECISION" in os.environ:
+    """bf16 where neither flag nor file says anything about precision and the device multiplies bf16 matrices."""
+    if args.fp16 or args.pure_bf16 or "ACCELERATE_MIXED_PRECISION" in os.environ:  # the last by `accelerate launch`
         return False
     if args.deepspeed:
         with suppress(OSError, ValueError, LookupError, TypeError):  # guards.py says what is wrong with the file
-            config = json.loads(Path(args.deepspeed).read_text(encoding="utf-8"))
-            return config["bf16"]["enabled"] == "auto" and has_fast_bf16(args.use_cpu)
+            asked = json.loads(Path(args.deepspeed).read_text(encoding="utf-8"))["bf16"]["enabled"]
+            return has_fast_bf16(args.use_cpu) if asked == "auto" else asked
         return False
     return has_fast_bf16(args.use_cpu)
 
@@ -269,12 +271,9 @@ def find_instruct_problems(args: argparse.Namespace) -> list[str]:
 
 def join_cpu_ranks() -> None:
     """
-    Bring DeepSpeed's ranks together on the CPU, before the model is made.
+    Bring DeepSpeed's ranks together on the CPU: ZeRO-3 partitions the model while it is loaded (deepspeed 0.19.8).
 
-    ZeRO-3 partitions the model while it is loaded, so the process group has to stand by then (seen on deepspeed
-    0.19.8: without it `train_batch_size 16 != 8 * 1 * 1`). Its shared-memory collectives are switched off in favour
-    of gloo's: they would be compiled on first use (50 s and a compiler), and a process killed meanwhile leaves a
-    lock on which later runs wait in silence.
+    gloo's collectives in the place of its own, which would be compiled first (50 s; a lock, if killed meanwhile).
     """
     os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
@@ -1264,10 +1263,9 @@ def merge_adapters(model_args, folder: str) -> None:
 # ------------------------------------------------------------------------------------------------ main
 
 
-# What is lost without a companion; it is said before the first step.
 ABSENT = {
-    "guards.py": "bad input ends late, in a traceback; a killed run goes on only with --resume_from_checkpoint; "
-    "no curves, no model card, two runs in MLflow",
+    "guards.py": "bad input ends late, in a traceback; a killed run goes on only with --resume_from_checkpoint",
+    "reports.py": "no samples, curves, model card or audit of labels, and two runs in MLflow",
     "fast_batches.py": "batches are padded and all logits made: the same losses, about twice the time, more memory",
     "zero_adafactor.py": "under ZeRO --optim adafactor is the library's, which does not factor there: 4 bytes of "
     "state a parameter, and updates that depend on the number of ranks",
@@ -1276,7 +1274,7 @@ ABSENT = {
 
 def describe_run(model, training_args, checkpoint: str | None) -> str:
     """What was decided before the first step, and what an absent companion costs."""
-    companions = zip(ABSENT.items(), (guards, fast_batches, zero_adafactor), strict=True)
+    companions = zip(ABSENT.items(), (guards, reports, fast_batches, zero_adafactor), strict=True)
     lines = [f"{name} is not beside this script: {cost}" for (name, cost), module in companions if module is None]
     rows, ranks = training_args.per_device_train_batch_size, training_args.world_size
     steps = training_args.gradient_accumulation_steps
@@ -1351,8 +1349,8 @@ def main(argv: list[str] | None = None) -> dict:
         answer_config=answer_config,
         rouge_language=data_args.rouge_language,
     )
-    if guards:
-        guards.start_tracking(trainer, model_args, data_args)
+    if reports:
+        reports.start_tracking(trainer, model_args, data_args)
 
     # Train
     if training_args.do_train:
@@ -1368,8 +1366,8 @@ def main(argv: list[str] | None = None) -> dict:
         if split in splits:
             evaluate_split(trainer, splits[split], prefix)
     trainer.save_state()
-    if guards:
-        guards.write_reports(trainer, "text-generation", model_args, data_args)
+    if reports:
+        reports.write_reports(trainer, "text-generation", model_args, data_args)
     if model_args.merge_lora and training_args.do_train and trainer.is_world_process_zero():
         merge_adapters(model_args, training_args.output_dir)
     results = Path(training_args.output_dir) / "all_results.json"

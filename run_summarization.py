@@ -47,18 +47,21 @@ from transformers import (
     HfArgumentParser,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
-    TrainerCallback,
     set_seed,
 )
 from transformers.hf_argparser import HfArg
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-# The companions beside this script. Without them it trains to the same losses and weights; main() says what is lost.
+# The companions beside this script. Without them it trains to the same losses and weights; ABSENT says what is lost.
 try:
     import guards
     from guards import UsageError
 except ModuleNotFoundError:
     guards, UsageError = None, ValueError
+try:
+    import reports
+except ModuleNotFoundError:
+    reports = None
 try:
     import fast_batches
 except ModuleNotFoundError:
@@ -67,6 +70,14 @@ try:
     import zero_adafactor
 except ModuleNotFoundError:
     zero_adafactor = None
+
+ABSENT = {
+    "guards.py": "bad input ends late, in a traceback; a killed run goes on only with --resume_from_checkpoint",
+    "reports.py": "no samples, curves, model card or audit of labels, and two runs in MLflow",
+    "fast_batches.py": "batches are padded and all logits made: the same losses, about twice the time, more memory",
+    "zero_adafactor.py": "under ZeRO --optim adafactor is the library's, which does not factor there: 4 bytes of "
+    "state a parameter, and updates that depend on the number of ranks",
+}
 
 FILE_TYPES = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
@@ -184,25 +195,23 @@ def parse_arguments(argv: list[str], classes: tuple, find_columns):
         raise UsageError(str(error)) from error
 
 
-def has_fast_bf16(use_cpu: bool) -> bool:
-    """Whether the device multiplies bf16 matrices in hardware; elsewhere bf16 takes twice as long as fp32."""
-    if not use_cpu:
-        return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
-    known = torch.cpu.get_capabilities()
-    return bool(known.get("amx_bf16") or known.get("avx512_bf16"))
-
-
 def choose_bf16(args: argparse.Namespace) -> bool:
-    """bf16 where neither flag nor file says anything about precision and the hardware is fast at it."""
-    # ACCELERATE_MIXED_PRECISION is set by `accelerate launch`.
-    if args.fp16 or args.pure_bf16 or "ACCELERATE_MIXED_PRECISION" in os.environ:
+    """bf16 where neither flag nor file says anything about precision and the device multiplies bf16 matrices."""
+    if args.fp16 or args.pure_bf16 or "ACCELERATE_MIXED_PRECISION" in os.environ:  # the last by `accelerate launch`
         return False
     if args.deepspeed:
         with suppress(OSError, ValueError, LookupError, TypeError):  # guards.py says what is wrong with the file
-            config = json.loads(Path(args.deepspeed).read_text(encoding="utf-8"))
-            return config["bf16"]["enabled"] == "auto" and has_fast_bf16(args.use_cpu)
+            asked = json.loads(Path(args.deepspeed).read_text(encoding="utf-8"))["bf16"]["enabled"]
+            return has_fast_bf16(args.use_cpu) if asked == "auto" else asked
         return False
     return has_fast_bf16(args.use_cpu)
+
+
+def has_fast_bf16(use_cpu: bool) -> bool:
+    """Whether the device has instructions for bf16 matrices; elsewhere they take twice as long as fp32."""
+    if not use_cpu:
+        return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+    return any(torch.cpu.get_capabilities().get(name) for name in ("amx_bf16", "avx512_bf16"))
 
 
 def find_companion_problems(args: argparse.Namespace) -> list[str]:
@@ -217,12 +226,9 @@ def find_companion_problems(args: argparse.Namespace) -> list[str]:
 
 def join_cpu_ranks() -> None:
     """
-    Bring DeepSpeed's ranks together on the CPU, before the model is made.
+    Bring DeepSpeed's ranks together on the CPU: ZeRO-3 partitions the model while it is loaded (deepspeed 0.19.8).
 
-    ZeRO-3 partitions the model while it is loaded, so the process group has to stand by then (seen on deepspeed
-    0.19.8: without it `train_batch_size 16 != 8 * 1 * 1`). Its shared-memory collectives are switched off in favour
-    of gloo's: they would be compiled on first use (50 s and a compiler), and a process killed meanwhile leaves a
-    lock on which later runs wait in silence.
+    gloo's collectives in the place of its own, which would be compiled first (50 s; a lock, if killed meanwhile).
     """
     os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
@@ -580,39 +586,12 @@ class SummarizationTrainer(TokenMeanTrainer):
             target_tokenizer.save_pretrained(Path(output_dir or self.args.output_dir) / "decoder_tokenizer")
 
 
-class SampleCallback(TrainerCallback):
-    """Prints a few validation rows with the summaries the model writes, before and after training."""
-
-    def __init__(self, rows, features, collator, tokenizer):
-        names = ("input_ids", "attention_mask", "labels")
-        batch = collator([{name: row[name] for name in names} for row in features])
-        self.rows, self.tokenizer, self.batch = rows, tokenizer, {name: batch[name] for name in names[:2]}
-
-    def show(self, when: str, model, args) -> None:
-        """Every rank generates (ZeRO-3 needs them all), the first one prints."""
-        batch = {name: values.to(args.device) for name, values in self.batch.items()}
-        with torch.no_grad():
-            ids = model.eval().generate(**batch, synced_gpus=is_deepspeed_zero3_enabled())
-        if args.process_index == 0:
-            print(f"\n=== {len(ids)} validation rows {when} training ===")
-            for row, summary in zip(
-                self.rows, self.tokenizer.batch_decode(ids, skip_special_tokens=True), strict=True
-            ):
-                for title, text in (*row.items(), ("summary", summary)):
-                    print(f"{title + ':':<11}{shorten(text)}")
-                print(flush=True)
-
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        self.show("before", model, args)
-
-    def on_train_end(self, args, state, control, model=None, **kwargs):
-        self.show("after", model, args)
-
-
-def shorten(text: str, width: int = 160) -> str:
-    """Text on one line of at most `width` characters."""
-    text = " ".join(str(text).split())
-    return text if len(text) <= width else text[: width - 4] + " ..."
+def write_summaries(model, args, batch: dict, tokenizer) -> list[str]:
+    """The summaries of a collated batch; every rank generates, because ZeRO-3 needs them all."""
+    inputs = {name: batch[name].to(args.device) for name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        ids = model.eval().generate(**inputs, synced_gpus=is_deepspeed_zero3_enabled())
+    return tokenizer.batch_decode(ids, skip_special_tokens=True)
 
 
 # ------------------------------------------------------------------------------------------------ scores
@@ -687,34 +666,12 @@ def write_predictions(path: Path, rows, predictions: list[str]) -> None:
 # ------------------------------------------------------------------------------------------------ main
 
 
-# What is lost without a companion; it is said before the first step.
-ABSENT = {
-    "guards.py": "bad input ends late, in a traceback; a killed run goes on only with --resume_from_checkpoint; "
-    "no curves, no model card, two runs in MLflow",
-    "fast_batches.py": "batches are padded and all logits made: the same losses, about twice the time, more memory",
-    "zero_adafactor.py": "under ZeRO --optim adafactor is the library's, which does not factor there: 4 bytes of "
-    "state a parameter, and updates that depend on the number of ranks",
-}
-
-
-def describe_run(model, training_args, checkpoint: str | None) -> str:
-    """What was decided before the first step, and what an absent companion costs."""
-    companions = zip(ABSENT.items(), (guards, fast_batches, zero_adafactor), strict=True)
-    lines = [f"{name} is not beside this script: {cost}" for (name, cost), module in companions if module is None]
-    rows, ranks = training_args.per_device_train_batch_size, training_args.world_size
-    steps = training_args.gradient_accumulation_steps
-    own = zero_adafactor and zero_adafactor.describe(training_args, model)
-    count = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
-    return "\n".join(
-        [
-            *lines,
-            f"parameters: {count / 1e6:.2f} M trained",
-            own or f"optimizer: {training_args.optim.value}",
-            f"precision: {'bf16 autocast (--bf16 false for fp32)' if training_args.bf16 else model.dtype}",
-            f"effective batch {rows * ranks * steps} = {rows} rows x {ranks} processes x {steps} accumulation steps",
-            f"going on from {checkpoint}" if checkpoint else "starting from the model's own weights",
-        ]
-    )
+def print_absent(training_args) -> None:
+    """Say what each absent companion costs."""
+    companions = zip(ABSENT.items(), (guards, reports, fast_batches, zero_adafactor), strict=True)
+    for (name, cost), module in companions:
+        if module is None and training_args.process_index == 0:
+            print(f"{name} is not beside this script: {cost}", flush=True)
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -729,6 +686,7 @@ def main(argv: list[str] | None = None) -> dict:
         last_checkpoint = guards.find_checkpoint(training_args)
     if training_args.n_gpu > 1:  # DataParallel would scatter the rows but not the token count
         training_args._n_gpu = 1
+    print_absent(training_args)
     set_seed(training_args.seed)
 
     # Data, model, tokens
@@ -753,9 +711,10 @@ def main(argv: list[str] | None = None) -> dict:
     )
     train_collator, loss = choose_batches(model, collator, data_args, training_args)
     callbacks = []
-    if training_args.do_train and "validation" in splits and training_args.predict_with_generate:
-        samples = (part.select(range(min(SHOWN_SAMPLES, len(part)))) for part in splits["validation"])
-        callbacks.append(SampleCallback(*samples, collator, target_tokenizer))
+    if reports and training_args.do_train and "validation" in splits and training_args.predict_with_generate:
+        rows, features = (list(part.select(range(min(SHOWN_SAMPLES, len(part))))) for part in splits["validation"])
+        write = partial(write_summaries, batch=collator(features), tokenizer=target_tokenizer)
+        callbacks.append(reports.SampleCallback(rows, write))
     metrics = partial(compute_metrics, tokenizer=target_tokenizer, language=data_args.rouge_language)
     trainer = SummarizationTrainer(
         model=model,
@@ -770,13 +729,14 @@ def main(argv: list[str] | None = None) -> dict:
         callbacks=callbacks,
         optimizer_cls_and_kwargs=zero_adafactor.choose(training_args) if zero_adafactor else None,
     )
-    if guards:
-        guards.start_tracking(trainer, model_args, data_args)
+    if reports:
+        reports.start_tracking(trainer, model_args, data_args)
 
     # Train
     if training_args.do_train:
-        if trainer.is_world_process_zero():
-            print(describe_run(model, training_args, last_checkpoint), flush=True)
+        if reports and trainer.is_world_process_zero():
+            optimizer = zero_adafactor.describe(training_args, model) if zero_adafactor else training_args.optim.value
+            print(reports.describe_run(model, training_args, optimizer, last_checkpoint), flush=True)
         metrics = trainer.train(resume_from_checkpoint=last_checkpoint).metrics
         metrics["train_samples"] = len(splits["train"][0])
         trainer.save_model()
@@ -788,8 +748,8 @@ def main(argv: list[str] | None = None) -> dict:
         if split in splits:
             score_split(trainer, *splits[split], prefix)
     trainer.save_state()
-    if guards:
-        guards.write_reports(trainer, "summarization", model_args, data_args)
+    if reports:
+        reports.write_reports(trainer, "summarization", model_args, data_args)
     results = Path(training_args.output_dir) / "all_results.json"
     return json.loads(results.read_text()) if trainer.is_world_process_zero() else {}
 

@@ -10,7 +10,7 @@ import pytest
 import copy_script as tool
 from conftest import ROOT, run
 
-COMPANIONS = ["fast_batches.py", "guards.py", "zero_adafactor.py"]
+COMPANIONS = ["fast_batches.py", "guards.py", "reports.py", "zero_adafactor.py"]
 
 
 def copy(script: str, to: Path, *ds_configs: str) -> int:
@@ -69,7 +69,7 @@ def test_equal_files_stay_and_missing_ones_are_added(tmp_path, capsys):
     capsys.readouterr()
     assert copy("run_summarization.py", tmp_path) == 0
     assert {path: path.stat().st_mtime_ns for path in before} == before
-    assert capsys.readouterr().out.count(" (was there): ") == 3 and (tmp_path / "guards.py").is_file()
+    assert capsys.readouterr().out.count(" (was there): ") == 4 and (tmp_path / "guards.py").is_file()
 
 
 def test_files_that_differ_are_all_named_and_nothing_is_copied(tmp_path, capsys):

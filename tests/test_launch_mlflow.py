@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 
-import guards
+import reports
 import run_clm_instruct
 import run_generation
 import run_summarization
@@ -211,12 +211,12 @@ def test_a_run_that_fails_is_marked_as_failed_at_exit(tmp_path, monkeypatch):
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     at_exit = []
-    monkeypatch.setattr(guards.atexit, "register", lambda *call: at_exit.append(call))
+    monkeypatch.setattr(reports.atexit, "register", lambda *call: at_exit.append(call))
     args = SimpleNamespace(report_to=["mlflow"], run_name="broken", deepspeed=None)
     model = SimpleNamespace(config=SimpleNamespace(num_beams=4))
     trainer = SimpleNamespace(args=args, model=model, is_world_process_zero=lambda: True)
     own = SimpleNamespace(num_beams=2, train_file="a.csv", token="hf_secret")
-    guards.start_tracking(trainer, own, SimpleNamespace())
+    reports.start_tracking(trainer, own, SimpleNamespace())
     mlflow.flush_async_logging()
     for function, *values in at_exit:
         if function is mlflow.end_run:

@@ -7,8 +7,7 @@ import sys
 
 import pytest
 
-from conftest import ROOT, run
-from test_clm_instruct import make_instructions, write_jsonl
+from conftest import ROOT, make_instructions, run, write_jsonl
 from test_run_summarization import KILL_IN_SAVE, SCRIPT, history
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from conftest import ROOT, run_warm
 
-COMPANIONS = ("guards.py", "fast_batches.py", "zero_adafactor.py")
+COMPANIONS = ("guards.py", "reports.py", "fast_batches.py", "zero_adafactor.py")
 SGD = ["--do_train", "--max_steps", "12", "--logging_steps", "1", "--optim", "sgd", "--learning_rate", "0.1"]
 SGD += ["--lr_scheduler_type", "constant", "--save_strategy", "no", "--disable_tqdm", "true"]
 WAYS = {  # rows a rank, accumulation steps, DeepSpeed file: 16 rows a step
@@ -21,6 +21,7 @@ WAYS = {  # rows a rank, accumulation steps, DeepSpeed file: 16 rows a step
 }
 SENTENCES = {
     "guards.py": "guards.py is not beside this script: bad input ends late",
+    "reports.py": "reports.py is not beside this script: no samples, curves",
     "fast_batches.py": "fast_batches.py is not beside this script: batches are padded",
     "zero_adafactor.py": "zero_adafactor.py is not beside this script: under ZeRO",
 }
@@ -92,7 +93,7 @@ def test_each_absence_is_one_sentence_and_changes_no_loss(together, tmp_path, ab
     assert losses == pytest.approx(together["losses"][:3], abs=2e-6)
     for companion, sentence in SENTENCES.items():
         assert printed.count(sentence) == (companion == absent)
-    assert (tmp_path / "out/training_curves.png").exists() == (absent != "guards.py")
+    assert (tmp_path / "out/training_curves.png").exists() == (absent != "reports.py")
 
 
 @pytest.mark.parametrize(

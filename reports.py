@@ -1,0 +1,265 @@
+# Copyright 2026 The plaintune authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.8", "transformers>=5.17", "matplotlib"]
+# ///
+"""
+What a run tells: an audit of the labels, the decisions taken, samples, curves, a model card, MLflow's one run.
+
+Optional beside run_summarization.py and run_clm_instruct.py: they train the same without it. In the order in which a
+run meets them: audit, start_tracking, describe_run, SampleCallback, write_reports.
+"""
+
+import atexit
+import json
+from collections import Counter
+from pathlib import Path
+
+from transformers import TrainerCallback
+
+try:
+    from guards import UsageError
+except ModuleNotFoundError:
+    UsageError = ValueError
+
+# Where the audit stops a run: shares of the rows, of the answers, and of the validation rows.
+MAX_LEFT_OUT, MAX_UNSTOPPED, MAX_OVERLAP = 0.05, 0.10, 0.01
+
+# What a row counts of itself, summed in the audit's table.
+COUNTED = ("cut_exchanges", "cut_context", "cut_answer", "tokens", "supervised_tokens", "answers_cut_off_whole")
+COUNTED += ("answers_unsupervised", "answers", "answers_with_stop", "rows_with_special_tokens_in_text")
+
+# ------------------------------------------------------------------------------------------------ the audit
+
+
+def audit(splits: dict, tokenizer, writes_bos: bool, skip: bool = False, only: bool = False, rank: int = 0) -> dict:
+    """
+    Count, show and judge what would be trained on. Returns the counts by split.
+
+    splits: datasets.Dataset by name, as run_clm_instruct.py's Row has their columns. writes_bos: whether the tokenizer
+    by itself puts BOS before a text. Raises UsageError where a limit is broken, unless skip or only is set, and
+    always where a split has no usable row.
+    """
+    # Blocks of plain text begin anywhere.
+    expects_bos = writes_bos and any(any(encoded["answers"]) for encoded in splits.values())
+    counts = {split: count_split(encoded, expects_bos) for split, encoded in splits.items()}
+    trained = set(splits["train"]["prompt_hash"][:]) if "train" in splits else set()
+    for split in set(splits) - {"train"}:
+        counts[split]["overlap"] = sum(h in trained for h in splits[split]["prompt_hash"][:] if h)
+    problems, unusable = find_audit_problems(counts), any(c["used"] == 0 for c in counts.values())
+    if rank == 0:
+        first = next(iter(splits.values()))
+        usable = [i for i, problem in enumerate(first["problem"][:]) if not problem][:2]
+        shown = (show_tokens(first[i]["input_ids"], first[i]["labels"], tokenizer) for i in usable)
+        print(format_audit(counts), *shown, *(f"audit: {problem}" for problem in problems), sep="\n", flush=True)
+    if problems and (unusable or not (skip or only)):
+        raise UsageError("\n".join(problems if unusable else [*problems, "--skip_audit trains all the same"]))
+    return counts
+
+
+def count_split(encoded, expects_bos: bool) -> dict:
+    """What the audit says of one split; tokens and rows as numbers, `reasons` as a Counter."""
+    usable = encoded.select([i for i, problem in enumerate(encoded["problem"][:]) if not problem])
+    leading = usable["leading_bos"][:]
+    return {
+        "rows": len(encoded),
+        "used": len(usable),
+        "left_out": len(encoded) - len(usable),
+        **{name: sum(usable[name][:]) for name in COUNTED},
+        "rows_without_bos": leading.count(0) if expects_bos else 0,
+        "rows_with_two_bos": sum(count > 1 for count in leading),
+        "duplicates": len(usable) - len(set(usable["row_hash"][:])),
+        "reasons": Counter(filter(None, encoded["problem"][:])),
+    }
+
+
+def find_audit_problems(counts: dict[str, dict]) -> list[str]:
+    """Which limits the splits break, with the way out."""
+    problems = []
+    for split, c in counts.items():
+        reasons, unstopped = describe_reasons(c["reasons"]), c["answers"] - c["answers_with_stop"]
+        found = [f"none of the {c['rows']} rows can be used: {reasons}"] if c["used"] == 0 else []
+        if c["left_out"] > MAX_LEFT_OUT * c["rows"]:
+            found.append(f"{c['left_out']} of {c['rows']} rows are left out: {reasons}; mend or remove them")
+        for name in ("rows_without_bos", "rows_with_two_bos"):
+            if c[name]:
+                found.append(f"{c[name]} {name.replace('_', ' ')}: --prompt_template writes a wrong BOS")
+        if unstopped > MAX_UNSTOPPED * c["answers"]:
+            why = "so the model would not learn to stop: raise --max_seq_length, or mend --prompt_template"
+            found.append(f"{unstopped} of {c['answers']} answers have no stop token, {why}")
+        if c.get("overlap", 0) > MAX_OVERLAP * max(c["used"], 1):
+            found.append(f"{c['overlap']} of {c['used']} prompts are in the training data; remove them")
+        problems += [f"{split}: {problem}" for problem in found]
+    return problems
+
+
+def describe_reasons(reasons: Counter) -> str:
+    return ", ".join(f"{count} x {reason}" for reason, count in reasons.most_common(5))
+
+
+def format_audit(counts: dict[str, dict]) -> str:
+    """The audit as a table with a column for each split, and the reasons of rows left out below."""
+    names = dict.fromkeys(name for c in counts.values() for name in c if name != "reasons")
+    titles = {"overlap": "prompts also in train", "rows": "rows read"}
+    table = {titles.get(name, name.replace("_", " ")): [c.get(name, "-") for c in counts.values()] for name in names}
+    shares = [f"{c['answers_with_stop'] / c['answers']:.1%}" if c["answers"] else "-" for c in counts.values()]
+    table = {"audit": list(counts)} | table | {"  share of answers": shares}
+    lines = [f"{title:<34}" + "".join(f"{cell:>14}" for cell in cells) for title, cells in table.items()]
+    lines += [f"{split}: left out {describe_reasons(c['reasons'])}" for split, c in counts.items() if c["reasons"]]
+    return "\n".join(["", *lines, ""])
+
+
+def show_tokens(ids: list[int], labels: list[int], tokenizer, width: int = 110, limit: int = 400) -> str:
+    """A row token by token, `|` between them, ^ under the supervised ones; the middle of a long row is left out."""
+    pieces = [tokenizer.decode([i]).replace("\n", "⏎").replace("\r", "␍").replace("\t", "⇥") for i in ids]
+    marked, half = [label != -100 for label in labels], limit // 2
+    lines, text, marks = [f"--- one row: {len(ids)} tokens, {sum(marked)} supervised (^)"], "", ""
+    if len(ids) > limit:
+        pieces[half:-half], marked[half:-half] = [f" ... {len(ids) - limit} tokens ... "], [False]
+    for piece, supervised in zip(pieces, marked, strict=True):
+        if len(text) + len(piece) + 1 > width and text:
+            lines += [text, marks.rstrip()]
+            text = marks = ""
+        text, marks = text + piece + "|", marks + ("^" if supervised else " ") * len(piece) + " "
+    return "\n".join([*filter(None, [*lines, text, marks.rstrip()]), ""])
+
+
+# ------------------------------------------------------------------------------------------------ while it runs
+
+
+def describe_run(model, training_args, optimizer: str, checkpoint: str | None) -> str:
+    """What was decided before the first step, a line each."""
+    rows, ranks = training_args.per_device_train_batch_size, training_args.world_size
+    steps = training_args.gradient_accumulation_steps
+    count = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
+    dtype = str(model.dtype).removeprefix("torch.")
+    lines = [
+        f"parameters: {count / 1e6:.2f} M trained",
+        optimizer,
+        f"precision: {'bf16 autocast (--bf16 false for fp32)' if training_args.bf16 else dtype}",
+        f"effective batch {rows * ranks * steps} = {rows} rows x {ranks} processes x {steps} accumulation steps",
+        f"going on from {checkpoint}" if checkpoint else "starting from the model's own weights",
+    ]
+    return "\n".join(lines)
+
+
+class SampleCallback(TrainerCallback):
+    """
+    Prints what the model writes for a few rows, before and after training.
+
+    rows: with `source` and `reference`; generate(model, args) returns a text for each, and runs on every rank.
+    """
+
+    def __init__(self, rows, generate):
+        self.rows, self.generate = rows, generate
+
+    def show(self, when: str, model, args) -> None:
+        texts = self.generate(model, args)
+        if args.process_index == 0:
+            print(f"\n=== {len(texts)} validation rows {when} training ===")
+            for row, text in zip(self.rows, texts, strict=True):
+                print(f"source:    {shorten(row['source'], 400)}")
+                print(f"reference: {shorten(row['reference'])}")
+                print(f"prediction: {shorten(text)}\n", flush=True)
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.show("before", model, args)
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        self.show("after", model, args)
+
+
+def shorten(text: str, width: int = 160) -> str:
+    """Text on one line of at most `width` characters."""
+    text = " ".join(str(text).split())
+    return text if len(text) <= width else text[: width - 4] + " ..."
+
+
+# ------------------------------------------------------------------------------------------------ tracking
+
+
+def start_tracking(trainer, *arguments) -> None:
+    """
+    With --report_to mlflow, begin the one run of training, evaluation and prediction; on the first rank only.
+
+    arguments: the script's dataclasses, logged but for the token. The trainer's callback ends the run it starts itself
+    when training ends, and what is evaluated later would begin a second one (transformers 5.23). A run it finds it
+    goes on with and leaves open, for write_reports.
+    """
+    args = trainer.args
+    if "mlflow" not in args.report_to or not trainer.is_world_process_zero():
+        return
+    import mlflow
+
+    if not mlflow.is_tracking_uri_set():
+        mlflow.set_tracking_uri("sqlite:///mlflow.db")
+    run = mlflow.active_run() or mlflow.start_run(run_name=args.run_name)
+    atexit.register(mlflow.end_run, "FAILED")  # of a run that write_reports has ended it does nothing
+    # The callback logs the trainer's flags and the model's configuration, which may have a name of ours. Asynchronous
+    # as there: a run that is gone on with (MLFLOW_RUN_ID) keeps its first values, and no error is raised.
+    given = {k: v for part in arguments for k, v in vars(part).items() if k != "token"}
+    given = {f"flag.{k}" if hasattr(trainer.model.config, k) else k: v for k, v in given.items()}
+    mlflow.log_params(given, synchronous=False)
+    if isinstance(args.deepspeed, str):
+        mlflow.log_artifact(args.deepspeed)
+    print(f"MLflow run {run.info.run_name} ({run.info.run_id}) in {mlflow.get_tracking_uri()}", flush=True)
+
+
+def end_tracking(folder: Path) -> None:
+    """End the MLflow run with the results' files in it, the generated texts as a table too."""
+    import mlflow
+
+    for name in ("all_results.json", "training_curves.png", "generated_predictions.jsonl"):
+        if (folder / name).is_file():
+            mlflow.log_artifact(folder / name)
+    if (folder / "generated_predictions.jsonl").is_file():
+        lines = (folder / "generated_predictions.jsonl").read_text(encoding="utf-8").splitlines()
+        rows = [json.loads(line) for line in lines]
+        mlflow.log_table({name: [row[name] for row in rows] for name in rows[0]}, "generated_predictions.json")
+    mlflow.flush_async_logging()
+    mlflow.end_run()
+
+
+def write_reports(trainer, task: str, model_args, data_args) -> None:
+    """Curves, model card, and the end of MLflow's run; on the first rank only."""
+    if not trainer.is_world_process_zero():
+        return
+    folder = Path(trainer.args.output_dir)
+    if trainer.state.log_history:
+        draw_curves(trainer.state.log_history, folder / "training_curves.png")
+    if trainer.args.do_train:
+        card = {"finetuned_from": model_args.model_name_or_path, "tasks": task}
+        if data_args.dataset_name is not None:
+            card |= {"dataset_tags": data_args.dataset_name, "dataset": data_args.dataset_name}
+        trainer.create_model_card(**card)
+    if "mlflow" in trainer.args.report_to:
+        end_tracking(folder)
+
+
+def draw_curves(history: list[dict], path: Path) -> None:
+    """Loss, ROUGE, learning rate and gradient norm over the steps, from the trainer's log history, as a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    panels = {
+        "loss": ("loss", "eval_loss"),
+        "ROUGE (validation)": ("eval_rouge1", "eval_rouge2", "eval_rougeL"),
+        "token accuracy (validation)": ("eval_token_accuracy",),
+        "learning rate": ("learning_rate",),
+        "gradient norm": ("grad_norm",),
+    }
+    panels = {title: names for title, names in panels.items() if any(n in entry for entry in history for n in names)}
+    figure = Figure(figsize=(5 * max(len(panels), 1), 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, max(len(panels), 1), squeeze=False)[0]
+    for axis, (title, names) in zip(axes, panels.items(), strict=False):
+        for name in names:
+            points = [(entry["step"], entry[name]) for entry in history if name in entry]
+            if points:
+                marker = "o" if len(points) < 30 else None
+                axis.plot(*zip(*points, strict=True), marker=marker, markersize=3, label=name)
+        axis.set_title(title)
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.savefig(path, dpi=120)
