@@ -83,6 +83,13 @@ def printed_counts(text):
     return {title.strip().removeprefix("dropped: "): int(number.replace(",", "")) for title, number in pairs}
 
 
+def test_training_knows_the_columns_that_are_read_and_written():
+    from run_summarization import KNOWN_COLUMNS
+
+    assert tuple(prepare.OUTPUT_COLUMNS[:2]) in KNOWN_COLUMNS
+    assert {layout[:2] for layout in prepare.LAYOUTS} <= set(KNOWN_COLUMNS)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Cleaning
 
@@ -104,13 +111,6 @@ def printed_counts(text):
         (" <br/> &nbsp; ", ""),
     ],
 )
-def test_training_knows_the_columns_that_are_read_and_written():
-    from run_summarization import KNOWN_COLUMNS
-
-    assert tuple(prepare.OUTPUT_COLUMNS[:2]) in KNOWN_COLUMNS
-    assert {layout[:2] for layout in prepare.LAYOUTS} <= set(KNOWN_COLUMNS)
-
-
 def test_tags_and_entities_go_and_text_stays(dirty, expected):
     assert clean(dirty) == expected
 
