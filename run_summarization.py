@@ -321,6 +321,10 @@ def load_model(model_args, data_args, training_args):
     if target_tokenizer is tokenizer and len(tokenizer) > model.get_input_embeddings().num_embeddings:
         print(f"the tokenizer has more tokens than the model: the embeddings grow to {len(tokenizer)}", flush=True)
         model.resize_token_embeddings(len(tokenizer))
+    if target_tokenizer is not tokenizer and target_tokenizer("a")["input_ids"][-1] != target_tokenizer.eos_token_id:
+        raise UsageError(
+            f"{name}/decoder_tokenizer: targets would have no end; tools/join_models.py makes a whole one"
+        )
     for parameter_name, parameter in model.named_parameters():
         if ".pooler." in parameter_name:  # of a BERT encoder: nothing reads it, and DDP would wait for its gradient
             parameter.requires_grad_(False)

@@ -84,6 +84,8 @@ def check_args(args):
     problems = []
     if not Path(args.input_table).exists():
         problems.append(f"--input_table {args.input_table}: no such file or folder")
+    elif Path(args.input_table).is_dir() and not any(Path(args.input_table).rglob("*.parquet")):
+        problems.append(f"--input_table {args.input_table}: the folder holds no .parquet file")
     if Path(args.output_file).suffix != ".parquet":
         problems.append(f"--output_file {args.output_file}: the name must end in .parquet")
     if Path(args.output_file).exists():

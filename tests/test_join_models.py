@@ -32,7 +32,7 @@ from transformers import (
 import join_models as tool
 import run_generation
 import run_summarization as script
-from conftest import ROOT, make_rows, run, write_csv
+from conftest import ROOT, make_rows, run, run_warm, write_csv
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 LENGTHS = ["--max_source_length", "30", "--max_target_length", "20"]
@@ -362,6 +362,16 @@ def test_lengths_beyond_a_halfs_positions_are_refused(place):
     assert refusal(place, "--max_source_length", "96") == f"--max_target_length 128: {said}"
     assert refusal(place, *LENGTHS, "--generation_max_length", "33") == f"--generation_max_length 33: {said}"
     assert refusal(place, *LENGTHS, "--val_max_target_length", "33") == f"--val_max_target_length 33: {said}"
+
+
+def test_a_target_tokenizer_that_ends_no_target_is_refused(place, tmp_path):
+    shutil.copytree(place / "bert2gpt2", tmp_path / "old")
+    AutoTokenizer.from_pretrained(place / "gpt2").save_pretrained(tmp_path / "old/decoder_tokenizer")
+    words = ["--model_name_or_path", tmp_path / "old", "--do_train", "--train_file", place / "train.csv"]
+    lengths = ["--max_source_length", "32", "--max_target_length", "12", "--output_dir", tmp_path / "out"]
+    done = run_warm(ROOT / "run_summarization.py", *words, *lengths, cwd=tmp_path, check=False)
+    assert done.returncode == 2 and "decoder_tokenizer: targets would have no end" in done.stdout
+    assert "Traceback" not in done.stdout and not (tmp_path / "out").exists()
 
 
 def test_the_flags_of_the_training_script_that_joined_models_name_this_tool(place):
