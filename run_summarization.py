@@ -37,8 +37,6 @@ import datasets
 import numpy as np
 import torch
 from datasets import load_dataset
-from nltk.tokenize.punkt import PunktSentenceTokenizer
-from rouge_score.rouge_scorer import RougeScorer
 from transformers import (
     AutoConfig,
     AutoModelForSeq2SeqLM,
@@ -615,12 +613,16 @@ class UnicodeTokenizer:
 
 def split_sentences(text: str) -> str:
     """One sentence a line, as rougeLsum expects; an untrained Punkt model, so that nothing is downloaded."""
+    from nltk.tokenize.punkt import PunktSentenceTokenizer  # here: its 63 MB are for runs that generate
+
     lines = re.sub(r"([。！？])", r"\1 \n", text.strip()).split("\n")
     return "\n".join(s.strip() for line in lines for s in PunktSentenceTokenizer().tokenize(line) if s.strip())
 
 
 def compute_rouge(predictions: list[str], references: list[str], language: str) -> dict[str, float]:
     """ROUGE-1/2/L/Lsum F-measures in percent, by rouge_score: `evaluate.load("rouge")` would need the hub."""
+    from rouge_score.rouge_scorer import RougeScorer
+
     names = ["rouge1", "rouge2", "rougeL", "rougeLsum"]
     words = {"use_stemmer": True} if language == "en" else {"tokenizer": UnicodeTokenizer()}
     scorer = RougeScorer(names, **words)
