@@ -95,13 +95,14 @@ def test_two_hosts_leave_nothing_behind(tmp_path):
     assert left == ""
 
 
-def test_the_readmes_commands_on_ray_parse(monkeypatch):
+def test_the_documented_commands_on_ray_parse(monkeypatch):
     monkeypatch.syspath_prepend(str(LAUNCHERS))
     monkeypatch.chdir(ROOT)  # the launchers look for the script
     import ray_generate
     import ray_train
 
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    pages = [ROOT / "README.md", *ROOT.glob("docs/*.md")]
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages).replace("\\\n", " ")
     for module, script in ((ray_train, "run_summarization.py"), (ray_generate, "run_generation.py")):
         (command,) = re.findall(rf"^python launchers/{module.__name__}.py (.*)", text, re.M)
         args = module.parse_launcher_arguments(shlex.split(command))
