@@ -27,6 +27,7 @@ import zipfile
 from pathlib import Path
 
 import datasets
+import jinja2
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
@@ -298,6 +299,45 @@ def find_model_problems(args: argparse.Namespace) -> list[str]:
     if args.fp16 and (hub_t5 or model_type in FP16_OVERFLOWS):
         problems.append("--fp16: T5 overflows in fp16 and the loss turns NaN; use --bf16")
     return problems
+
+
+def find_instruct_problems(args: argparse.Namespace, formats: list[str], templates: list[str]) -> list[str]:
+    """What is wrong with the flags of run_clm_instruct.py. formats, templates: the names that it knows."""
+    lora, share, template = args.lora_r, args.validation_split_percentage, args.prompt_template
+    is_text = args.text_column is not None or args.data_format == "text" or str(args.train_file).endswith(".txt")
+    checks = {
+        "--merge_lora: there is nothing to merge without --lora_r": args.merge_lora and not lora,
+        f"--lora_r {lora}: needs peft: pip install peft": lora and not importlib.util.find_spec("peft"),
+        "--use_liger_kernel: needs a GPU and liger-kernel: pip install liger-kernel": args.use_liger_kernel
+        and not importlib.util.find_spec("liger_kernel"),
+        "--packing: not for plain text, it is cut into full rows anyway; leave it out": args.packing and is_text,
+        "--predict_with_generate: not for plain text, it has no answers to generate; leave it out": is_text
+        and args.predict_with_generate,
+        f"--validation_split_percentage {share}: must lie in 0 to 100": not 0 < share < 100,
+        f"--data_format {args.data_format}: must be one of {', '.join(formats)}": args.data_format
+        not in (None, *formats),
+    }
+    problems = [problem for problem, holds in checks.items() if holds]
+    if template not in (None, "chat", *templates):
+        try:
+            source = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", Path(template).read_text(encoding="utf-8"))
+            jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(source)
+        except OSError:
+            known = ", ".join([*templates, "chat"])
+            problems.append(f"--prompt_template {template}: neither one of {known} nor a file that can be read")
+        except (jinja2.TemplateError, UnicodeDecodeError) as error:
+            problems.append(f"--prompt_template {template}: not a Jinja template: {error}")
+    return problems
+
+
+def explain_load_error(name: str, error: Exception) -> str:
+    """What to do when a model cannot be loaded; gated models need a licence accepted and a login."""
+    if "gated" not in str(error).lower():
+        return f"--model_name_or_path {name}: cannot be loaded: {str(error)[:300]}"
+    return (
+        f"--model_name_or_path {name}: is a gated model. Accept its licence at https://huggingface.co/{name}, then "
+        "log in with `hf auth login` or give --token; a local folder with the model needs neither"
+    )
 
 
 def find_deepspeed_problems(args: argparse.Namespace) -> list[str]:

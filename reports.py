@@ -1,21 +1,28 @@
 # Copyright 2026 The plaintune authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.8", "transformers>=5.17", "matplotlib"]
+# dependencies = ["torch>=2.8", "transformers>=5.17", "matplotlib", "rouge-score", "nltk"]
 # ///
 """
-What a run tells: an audit of the labels, the decisions taken, samples, curves, a model card, MLflow's one run.
+What a run tells: an audit of the labels, the decisions taken, answers and scores, curves, a model card, MLflow's run.
 
 Optional beside run_summarization.py and run_clm_instruct.py: they train the same without it. In the order in which a
-run meets them: audit, start_tracking, describe_run, SampleCallback, write_reports.
+run meets them: audit, start_tracking, describe_run, SampleCallback, generate_answers, score_answers, write_reports.
 """
 
 import atexit
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
+import torch
+from nltk.tokenize.punkt import PunktSentenceTokenizer
+from rouge_score.rouge_scorer import RougeScorer
+from tqdm.auto import tqdm
 from transformers import TrainerCallback
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 try:
     from guards import UsageError
@@ -173,6 +180,84 @@ def shorten(text: str, width: int = 160) -> str:
     """Text on one line of at most `width` characters."""
     text = " ".join(str(text).split())
     return text if len(text) <= width else text[: width - 4] + " ..."
+
+
+# ------------------------------------------------------------------------------------------------ answers
+
+
+def generate_answers(model, args, rows, tokenizer, config) -> list[tuple[str, bool, int]]:
+    """
+    An answer to every row's `source`: (text, whether it ended by itself, tokens), on every rank.
+
+    args: the trainer's; config: a GenerationConfig with a list of stop ids. Longest prompts first, so that a lack of
+    memory shows at once. Ranks take equal shares, the last rows repeated: under ZeRO-3 all must generate together.
+    """
+    prompts = tokenizer(rows["source"][:], add_special_tokens=False, verbose=False)["input_ids"]
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    share, answers = args.per_device_eval_batch_size, {}
+    order += order[-1:] * (-len(order) % (share * args.world_size))
+    starts = range(args.process_index * share, len(order), share * args.world_size)
+    settings = {"generation_config": config, "synced_gpus": is_deepspeed_zero3_enabled()}
+    model.eval()
+    for start in tqdm(starts, desc="Generating", disable=args.disable_tqdm or args.process_index > 0):
+        chosen = order[start : start + share]
+        longest = max(len(prompts[i]) for i in chosen)
+        ids = [[tokenizer.pad_token_id] * (longest - len(prompts[i])) + prompts[i] for i in chosen]
+        mask = [[0] * (longest - len(prompts[i])) + [1] * len(prompts[i]) for i in chosen]
+        ids, mask = (torch.tensor(values, device=args.device) for values in (ids, mask))
+        with torch.no_grad():  # where there is autocast, it is in the model's forward
+            ids = model.generate(input_ids=ids, attention_mask=mask, **settings)
+        for i, tokens in zip(chosen, ids[:, longest:].tolist(), strict=True):
+            end = next((n for n, token in enumerate(tokens) if token in config.eos_token_id), len(tokens))
+            text = tokenizer.decode(tokens[:end], skip_special_tokens=True).strip()
+            answers[i] = text, end < len(tokens), end
+    if args.world_size > 1:
+        parts = [None] * args.world_size
+        torch.distributed.all_gather_object(parts, answers)
+        answers = {i: answer for part in parts for i, answer in part.items()}
+    return [answers[i] for i in range(len(prompts))]
+
+
+def write_answers(model, args, rows, tokenizer, config) -> list[str]:
+    """generate_answers for SampleCallback."""
+    answers = generate_answers(model, args, rows, tokenizer, config)
+    return [f"{text} [{'ended' if stopped else 'did not end'}]" for text, stopped, _ in answers]
+
+
+def score_answers(answers: list[tuple], references: list[str], language: str) -> dict[str, float]:
+    """ROUGE of the answers in percent, the share that ended by itself, and the mean length in tokens."""
+    texts, stopped, lengths = zip(*answers, strict=True)
+    means = {"stopped": float(np.mean(stopped)), "gen_len": float(np.mean(lengths))}
+    return compute_rouge(texts, references, language) | means
+
+
+# Letters that are written without spaces between words: kana, CJK ideographs, Thai, Lao, Khmer, Burmese.
+UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\u0e00-\u0eff\u1780-\u17ff\u1000-\u109f"
+
+
+class UnicodeTokenizer:
+    """Words of any script for rouge_score, whose own tokenizer drops every non-ASCII letter; lower-cased."""
+
+    pattern = re.compile(rf"[{UNSPACED}]|[^\W_{UNSPACED}]+")
+
+    def tokenize(self, text: str) -> list[str]:
+        return self.pattern.findall(text.lower())
+
+
+def split_sentences(text: str) -> str:
+    """One sentence a line, as rougeLsum expects; an untrained Punkt model, so that nothing is downloaded."""
+    lines = re.sub(r"([。！？])", r"\1 \n", text.strip()).split("\n")
+    return "\n".join(s.strip() for line in lines for s in PunktSentenceTokenizer().tokenize(line) if s.strip())
+
+
+def compute_rouge(predictions: list[str], references: list[str], language: str) -> dict[str, float]:
+    """ROUGE-1/2/L/Lsum F-measures in percent, by rouge_score: `evaluate.load("rouge")` would need the hub."""
+    names = ["rouge1", "rouge2", "rougeL", "rougeLsum"]
+    words = {"use_stemmer": True} if language == "en" else {"tokenizer": UnicodeTokenizer()}
+    scorer = RougeScorer(names, **words)
+    pairs = zip(map(split_sentences, references), map(split_sentences, predictions), strict=True)
+    scores = [scorer.score(*pair) for pair in pairs]
+    return {name: round(100 * float(np.mean([s[name].fmeasure for s in scores])), 4) for name in names}
 
 
 # ------------------------------------------------------------------------------------------------ tracking

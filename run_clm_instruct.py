@@ -32,36 +32,22 @@ import os
 import re
 import subprocess
 import sys
-from collections import Counter, namedtuple
+from collections import namedtuple
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from importlib.util import find_spec
 from pathlib import Path
 
 import datasets
 import jinja2
 import numpy as np
 import torch
+import transformers
 from datasets import load_dataset
-from nltk.tokenize.punkt import PunktSentenceTokenizer
-from rouge_score.rouge_scorer import RougeScorer
-from tqdm.auto import tqdm
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    HfArgumentParser,
-    Seq2SeqTrainer,
-    Seq2SeqTrainingArguments,
-    TrainerCallback,
-    set_seed,
-)
+from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, set_seed
 from transformers.hf_argparser import HfArg
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-# The companions beside this script. Without them it trains to the same losses and weights; main() says what is lost.
+# The companions beside this script. Without them it trains to the same losses and weights; ABSENT says what is lost.
 try:
     import guards
     from guards import UsageError
@@ -79,6 +65,14 @@ try:
     import zero_adafactor
 except ModuleNotFoundError:
     zero_adafactor = None
+
+ABSENT = {
+    "guards.py": "bad input ends late, in a traceback; a killed run goes on only with --resume_from_checkpoint",
+    "reports.py": "no samples, curves, model card or audit of labels, and two runs in MLflow",
+    "fast_batches.py": "batches are padded and all logits made: the same losses, about twice the time, more memory",
+    "zero_adafactor.py": "under ZeRO --optim adafactor is the library's, which does not factor there: 4 bytes of "
+    "state a parameter, and updates that depend on the number of ranks",
+}
 
 FILE_TYPES = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
@@ -101,9 +95,6 @@ ROLES = {role: role for role in ("system", "user", "assistant", "tool")}
 ROLES |= {"human": "user"} | dict.fromkeys(("gpt", "chatgpt", "bot", "model"), "assistant")
 
 DEFAULT_MAX_SEQ_LENGTH, SHOWN_SAMPLES = 1024, 5
-# Where the audit stops a run: shares of the rows, of the answers, and of the validation rows.
-MAX_LEFT_OUT, MAX_UNSTOPPED, MAX_OVERLAP = 0.05, 0.10, 0.01
-
 MERGE_TOOL = Path(__file__).parent / "tools/merge_lora.py"
 
 # ------------------------------------------------------------------------------------------------ arguments
@@ -123,9 +114,8 @@ class CausalModelArguments:
     attn_implementation: str | None = HfArg(default=None, help="sdpa, eager, flash_attention_2, flex_attention.")
     pure_bf16: bool = HfArg(
         default=False,
-        help="Weights, gradients and arithmetic in bf16 with stochastic rounding: 4 bytes a parameter in all. With "
-        "--optim adafactor and zero_adafactor.py, without --deepspeed. `--optim_args step_in_backward=true` frees "
-        "each gradient at once: near 2 bytes; one process, no accumulation, --max_grad_norm 0.",
+        help="Weights, gradients and arithmetic in bf16, rounded stochastically: 4 bytes a parameter in all. With "
+        "--optim adafactor, without --deepspeed. `--optim_args step_in_backward=true`: near 2 bytes; one process.",
     )
     lora_r: int = HfArg(default=0, help="Train low-rank adapters of this rank. 0: all parameters.")
     lora_alpha: float = HfArg(default=32.0, help="Adapters are scaled by alpha / r.")
@@ -153,15 +143,9 @@ class InstructDataArguments:
     data_format: str | None = HfArg(default=None, help="dolly, alpaca, prompt, chat, sharegpt, text; else by columns.")
     text_column: str | None = HfArg(default=None, help="Column of plain text to train on whole.")
     prompt_template: str | None = HfArg(
-        default=None,
-        help="dolly, alpaca, llama2, chatml, plain, chat (the tokenizer's own) or a Jinja file; saved with the model. "
-        "Default: the tokenizer's own, else the one of the data's format.",
+        default=None, help="dolly, alpaca, llama2, chatml, plain, chat (the tokenizer's own; default) or a Jinja file."
     )
-    max_seq_length: int | None = HfArg(
-        default=None,
-        help="Longest example in tokens. Of a longer one the first exchanges go, then the end of the context, then "
-        f"the answer's tail. Default: {DEFAULT_MAX_SEQ_LENGTH}, or what the model takes if that is less.",
-    )
+    max_seq_length: int | None = HfArg(default=None, help="Longest example in tokens. Default: 1024, or the model's.")
     packing: bool = HfArg(default=False, help="Pack whole examples, apart, into rows of --max_seq_length.")
     assistant_only_loss: bool = HfArg(default=True, help="Loss on the answers only; false: on every token.")
     audit_only: bool = HfArg(default=False, help="Show what would be trained on, and end.")
@@ -173,30 +157,22 @@ class InstructDataArguments:
     max_predict_samples: int | None = HfArg(default=None, help="Use only this many test rows.")
     max_new_tokens: int = HfArg(default=256, help="Longest answer generated in evaluation, in tokens.")
     num_beams: int = HfArg(default=1, help="Beams when generating in evaluation and prediction.")
-    rouge_language: str = HfArg(
-        default="en",
-        help="Language ROUGE counts words in: `en` stems as rouge_score does and knows only ASCII; any other code "
-        "counts Unicode words, and single letters of unspaced scripts (Japanese, Chinese, Thai).",
-    )
+    rouge_language: str = HfArg(default="en", help="en: ROUGE as rouge_score has it, ASCII only; else Unicode words.")
 
 
 INSTRUCT_ARGUMENTS = (CausalModelArguments, InstructDataArguments, Seq2SeqTrainingArguments)
 
 
 def parse_instruct_arguments(argv: list[str]):
-    """
-    Turn the command line into the three argument dataclasses; raises UsageError with everything that is wrong.
-
-    All checks come before the trainer's arguments are built, because building them already reads the DeepSpeed file
-    and starts the process group.
-    """
-    parser = HfArgumentParser(INSTRUCT_ARGUMENTS)
+    """Turn the command line into the three argument dataclasses; raises UsageError with everything that is wrong."""
+    parser = transformers.HfArgumentParser(INSTRUCT_ARGUMENTS)
     parser.set_defaults(bf16=None)
     args = parser.parse_args(guards.read_arguments(parser, argv) if guards else argv)
     args.remove_unused_columns = False  # evaluation needs all of them; the collator takes what the model needs
     args.use_cpu = args.use_cpu or not torch.accelerator.is_available()
     if args.bf16 is None or args.pure_bf16:  # of pure bf16 there is nothing left to cast
         args.bf16 = choose_bf16(args)
+    # Before the trainer's arguments are built: that reads the DeepSpeed file and starts the process group.
     problems = find_instruct_problems(args)
     if guards:
         guards.check_training(args, find_format, problems)
@@ -231,42 +207,20 @@ def choose_bf16(args: argparse.Namespace) -> bool:
 
 
 def find_instruct_problems(args: argparse.Namespace) -> list[str]:
-    """What is wrong with the flags that are this script's own, what they need and is not there included."""
-    problems, template = zero_adafactor.find_problems(args) if zero_adafactor else [], args.prompt_template
+    """Flags that need a file that is not beside this script, and what guards.py finds wrong with the script's own."""
+    problems = zero_adafactor.find_problems(args) if zero_adafactor else []
     pure = args.pure_bf16 or "step_in_backward" in str(args.optim_args)
-    is_text = args.text_column is not None or args.data_format == "text" or str(args.train_file).endswith(".txt")
-    formats = dict.fromkeys(name for name, _ in KNOWN_FORMATS)
-    lora, liger = args.lora_r, args.use_liger_kernel
-    copy, text = "; copy it beside this script", "not for plain text"
-    for holds, problem in (
-        (args.packing and not fast_batches, f"--packing: needs fast_batches.py{copy}"),
-        (pure and not zero_adafactor, f"--pure_bf16, step_in_backward: needs zero_adafactor.py{copy}"),
-        (args.merge_lora and not MERGE_TOOL.is_file(), f"--merge_lora: needs tools/merge_lora.py{copy}"),
-        (args.merge_lora and not lora, "--merge_lora: there is nothing to merge without --lora_r"),
-        (lora and not find_spec("peft"), f"--lora_r {lora}: needs peft: pip install peft"),
-        (liger and not find_spec("liger_kernel"), "--use_liger_kernel: needs a GPU and pip install liger-kernel"),
-        (args.packing and is_text, f"--packing: {text}, it is cut into full rows anyway; leave it out"),
-        (args.predict_with_generate and is_text, f"--predict_with_generate: {text}, it has no answers; leave it out"),
-        (
-            not 0 < args.validation_split_percentage < 100,
-            f"--validation_split_percentage {args.validation_split_percentage}: must lie in 0 to 100",
-        ),
-        (
-            args.data_format not in (None, *formats),
-            f"--data_format {args.data_format}: must be one of {', '.join(formats)}",
-        ),
+    for given, there, flag, name in (
+        (args.packing, fast_batches, "--packing", "fast_batches.py"),
+        (pure, zero_adafactor, "--pure_bf16, step_in_backward", "zero_adafactor.py"),
+        (args.merge_lora, MERGE_TOOL.is_file(), "--merge_lora", "tools/merge_lora.py"),
+        (args.audit_only, reports, "--audit_only", "reports.py"),
+        (args.predict_with_generate, reports, "--predict_with_generate", "reports.py"),
     ):
-        problems += [problem] if holds else []
-    if template not in (None, "chat", *PROMPT_TEMPLATES):
-        try:
-            source = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", Path(template).read_text(encoding="utf-8"))
-            jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(source)
-        except OSError:
-            known = ", ".join([*PROMPT_TEMPLATES, "chat"])
-            problems.append(f"--prompt_template {template}: neither one of {known} nor a file that can be read")
-        except (jinja2.TemplateError, UnicodeDecodeError) as error:
-            problems.append(f"--prompt_template {template}: not a Jinja template: {error}")
-    return problems
+        if given and not there:
+            problems.append(f"{flag}: needs {name}; copy it beside this script")
+    formats = list(dict.fromkeys(name for name, _ in KNOWN_FORMATS))
+    return problems + (guards.find_instruct_problems(args, formats, list(PROMPT_TEMPLATES)) if guards else [])
 
 
 def join_cpu_ranks() -> None:
@@ -309,29 +263,24 @@ def load_instruct_datasets(data_args, model_args):
 
 
 def find_format(columns: list[str], args) -> tuple[str, tuple[str, ...]]:
-    """
-    The data's format and its columns: as named by --data_format or --text_column, else by the column names.
-
-    Raises UsageError with the columns there are.
-    """
+    """The data's format and its columns: as --data_format or --text_column say, else by the column names."""
     there = f"it has {', '.join(columns)}"
     if args.text_column is not None:
         if args.text_column not in columns:
             raise UsageError(f"has no column {args.text_column!r} (--text_column); {there}")
         return "text", (args.text_column,)
     known = [(name, needed) for name, needed in KNOWN_FORMATS if args.data_format in (None, name)]
-    for name, needed in known:
-        if set(needed) <= set(columns):
-            return name, needed
+    if found := next((pair for pair in known if set(pair[1]) <= set(columns)), None):
+        return found
     wanted = "; or ".join(f"{', '.join(needed)} ({name})" for name, needed in known)
     raise UsageError(f"needs the columns {wanted}; {there}. Rename them, or name plain text by --text_column")
 
 
 def to_messages(row: dict, data_format: str, columns: tuple[str, ...]) -> list[dict]:
     """
-    One row of any format as chat messages: dicts of `role`, `content` and, in a user's, perhaps `context`; stripped.
+    One row as chat messages up to its last answer: dicts of `role`, `content` and perhaps `context`, all stripped.
 
-    Turns after the last answer are left off. Raises RowError where something needed is missing.
+    Raises RowError where something needed is missing.
     """
     if data_format in ("chat", "sharegpt"):
         turns = row[columns[0]]
@@ -371,6 +320,27 @@ def read_turn(turn: dict) -> dict:
 
 
 # ------------------------------------------------------------------------------------------------ prompts
+
+
+def load_tokenizer(model_args, data_args):
+    """Configuration, tokenizer (with a pad token) and the longest example in tokens."""
+    name, hub = model_args.model_name_or_path, model_args.hub
+    try:
+        config = transformers.AutoConfig.from_pretrained(model_args.config_name or name, **hub)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model_args.tokenizer_name or name, **hub)
+    except OSError as error:
+        raise UsageError(guards.explain_load_error(name, error) if guards else str(error)) from None
+    lacking = "EOS token to stop with" if tokenizer.eos_token is None else "fast tokenizer (tokenizer.json)"
+    if tokenizer.eos_token is None or not tokenizer.is_fast:
+        raise UsageError(f"--tokenizer_name {model_args.tokenizer_name or name}: has no {lacking}")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token  # padding is left out of the loss by position, EOS stays in it
+    positions = getattr(config, "max_position_embeddings", None) or DEFAULT_MAX_SEQ_LENGTH
+    limit = data_args.max_seq_length or min(DEFAULT_MAX_SEQ_LENGTH, positions)
+    if limit > positions:
+        raise UsageError(f"--max_seq_length {limit}: the model has {positions} positions")
+    return config, tokenizer, limit
+
 
 # Chat templates, so that they are saved with the tokenizer and every later generation uses the one of the training.
 # `context` is a key of ours in a user's message; where a template does not know it, it follows the content.
@@ -426,20 +396,15 @@ TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError)  # what a chat t
 
 
 def set_prompt_template(tokenizer, data_args, data_format: str) -> str:
-    """
-    Give the tokenizer the chat template of the prompts, so that it is saved with the model; returns its name.
-
-    Where the tokenizer starts its texts with BOS and the template does not, BOS is put in front of the template:
-    transformers tokenises rendered chats without special tokens.
-    """
+    """Give the tokenizer the chat template of the prompts, so that it is saved with the model; returns its name."""
     default = "chat" if tokenizer.chat_template else DEFAULT_TEMPLATES.get(data_format, "chat")
     name = data_args.prompt_template or default
     if name != "chat":
         tokenizer.chat_template = PROMPT_TEMPLATES.get(name) or Path(name).read_text(encoding="utf-8")
     elif not tokenizer.chat_template:
-        known = f"give one of {', '.join(PROMPT_TEMPLATES)} or a Jinja file"
-        given = data_args.prompt_template or "(not given)"
-        raise UsageError(f"--prompt_template {given}: the tokenizer has no chat template; {known}")
+        known = f"has no chat template; give one of {', '.join(PROMPT_TEMPLATES)} or a Jinja file"
+        raise UsageError(f"--prompt_template {data_args.prompt_template or '(not given)'}: the tokenizer {known}")
+    # transformers tokenises rendered chats without special tokens: a BOS that the tokenizer would write goes in front.
     if starts_with_bos(tokenizer):
         written = "bos_token" in tokenizer.get_chat_template()
         with suppress(RowError):  # a template that cannot take a single question
@@ -489,9 +454,8 @@ def lay_out(messages: list[dict], tokenizer) -> Chat:
     """
     A chat as the template writes it, and the answers in it, each from where a generation would start.
 
-    Where the text begins with the conversation before an answer and the generation prompt, everything from there
-    through the closing tokens is supervised; where it does not, an earlier answer is not, and the last one raises
-    RowError. If what closes the last answer, and ends the text, is no stop token, EOS is put there.
+    From the end of the conversation before it, with the generation prompt, an answer is supervised through all closing
+    tokens (EOS, if there are none). Where the text does not begin so, it is not, and at the last one RowError raised.
     """
     text, stops, answers, final = render(messages, tokenizer).rstrip(), find_stop_tokens(tokenizer), [], messages[-1]
     for turn, message in enumerate(messages):
@@ -515,28 +479,27 @@ def lay_out(messages: list[dict], tokenizer) -> Chat:
 
 def find_start(messages: list[dict], turn: int, text: str, tokenizer) -> int | None:
     """Where an answer begins for a generation, None if the template writes an earlier prompt otherwise in the text."""
-    is_final = turn == len(messages) - 1
     try:
         prompt = render(messages[:turn], tokenizer, add_generation_prompt=True)
+        if text.startswith(prompt):
+            return len(prompt)
+        trained = split_at_turn(messages, turn, tokenizer)[0]
+        same = len(os.path.commonprefix([prompt, trained]))
+        prompt, trained = (repr(ending[same:][-40:]) for ending in (prompt, trained))
+        raise RowError(f"the template's generation prompt has {prompt} where the text before an answer has {trained}")
     except RowError:
-        if is_final:
+        if turn == len(messages) - 1:
             raise
         return None
-    if is_final and not text.startswith(prompt):
-        raise RowError(describe_gap(tokenizer))
-    return len(prompt) if text.startswith(prompt) else None
 
 
 def find_end(messages: list[dict], turn: int, text: str, tokenizer) -> int:
-    """
-    Where an earlier answer with its closing tokens ends: where the conversation ends that ends with it.
-
-    Some templates write that one otherwise (they strip reasoning, or close the last answer with another token). Then
-    the answer is where a mark in its place shows it to be, closed as the last one or else by the next stop token.
-    """
+    """Where an earlier answer with its closing tokens ends: where the conversation ends that ends with it."""
     alone = render(messages[: turn + 1], tokenizer).rstrip()
     if text.startswith(alone):
         return len(alone)
+    # Written otherwise there (with reasoning, another closing token): a mark in the answer's place shows where it is;
+    # what closes the last one closes it, or else the next stop token.
     before, after = split_at_turn(messages, turn, tokenizer)
     if before + messages[turn]["content"] + after != text:
         raise RowError("the template changes what earlier turns say")
@@ -557,16 +520,6 @@ def split_at_turn(messages: list[dict], turn: int, tokenizer) -> tuple[str, str]
     return before, after
 
 
-def describe_gap(tokenizer) -> str:
-    """Why a generation's prompt is not what stands before the answers trained on."""
-    chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
-    with suppress(RowError):
-        prompt, trained = render(chat[:1], tokenizer, True)[-40:], split_at_turn(chat, 1, tokenizer)[0][-40:]
-        if prompt != trained:
-            return f"the template's generation prompt ends with {prompt!r}, the text before an answer with {trained!r}"
-    return "the template writes a conversation otherwise when it asks for the answer than when the answer is there"
-
-
 @lru_cache
 def find_stop_tokens(tokenizer) -> tuple[str, ...]:
     """The tokens that can end an answer: all added ones but white space, and BOS where it is not EOS too."""
@@ -583,8 +536,7 @@ def place_answers(chat: Chat, whole, heads: list, tokenizer) -> tuple[list[int],
     """
     Token ids of a chat, and the (first, end) of each answer. whole, heads: Encodings of the text, up to its borders.
 
-    In one piece where each prompt then has the tokens that it will have when an answer to it is generated, else in
-    pieces, prompt by answer (GPT-2's "\\n\\n" before an answer, a token of a prompt's end and the answer's start).
+    In one piece where each prompt then has the tokens that a generation has, else in pieces, prompt by answer.
     """
     ids, counts = whole.ids, {border: len(head) for border, head in zip(chat.borders, heads, strict=True)}
     if all(ids[: len(head)] == head.ids for head in heads):
@@ -598,7 +550,7 @@ def place_answers(chat: Chat, whole, heads: list, tokenizer) -> tuple[list[int],
 
 def shorten_chat(chat: Chat, places: list, excess: int, tokenizer) -> tuple[list[dict], str] | None:
     """
-    The messages with less in them, and what went: exchanges at the front, else the context's end; None if neither.
+    The messages with less in them: exchanges at the front go, else the context's end, else nothing (None).
 
     The system turn and the last exchange stay: no answer is trained on whose question is gone.
     """
@@ -644,7 +596,6 @@ class Row:
 
 
 def to_columns(rows: list[Row]) -> dict[str, list]:
-    rows = [Row(problem=row.problem) if row.problem else row for row in rows]
     return {name: [getattr(row, name) for row in rows] for name in Row.__dataclass_fields__}
 
 
@@ -673,7 +624,7 @@ def encode_chats(
         todo.append((row, messages))
     while todo:
         todo = encode_round(todo, tokenizer, limit, assistant_only_loss)
-    return to_columns(encoded)
+    return to_columns([Row(problem=row.problem) if row.problem else row for row in encoded])
 
 
 def encode_round(todo: list, tokenizer, limit: int, assistant_only_loss: bool) -> list:
@@ -748,11 +699,7 @@ def encode_split(rows, split: str, max_samples: int | None, tokenizer, limit: in
 
 
 def encode_splits(raw, tokenizer, limit: int, data_args, training_args) -> dict:
-    """
-    The splits asked for, encoded. Where there is no validation data a share of the training prompts becomes it.
-
-    Rows of the same prompt go the same way, so that no validation prompt is trained on; plain text gives its end.
-    """
+    """The splits asked for, encoded; without validation data a share of the training prompts (of a text: its end)."""
     wanted = {
         "train": (training_args.do_train or data_args.audit_only, data_args.max_train_samples),
         "validation": (training_args.do_eval, data_args.max_eval_samples),
@@ -764,8 +711,8 @@ def encode_splits(raw, tokenizer, limit: int, data_args, training_args) -> dict:
             most = None if carve and split == "train" else most
             splits[split] = encode_split(raw[split], split, most, tokenizer, limit, data_args, training_args)
         elif needed and not (carve and split == "validation"):
-            there = ", ".join(raw)
-            raise UsageError(f"--dataset_name {data_args.dataset_name}: has no split {split!r}; it has {there}")
+            named = f"--dataset_name {data_args.dataset_name}"
+            raise UsageError(f"{named}: has no split {split!r}; it has {', '.join(raw)}")
     if carve:
         encoded, share = splits["train"], data_args.validation_split_percentage / 100
         chosen = np.array(encoded["prompt_hash"][:], dtype=np.uint64) % 10_000 < share * 10_000
@@ -777,136 +724,12 @@ def encode_splits(raw, tokenizer, limit: int, data_args, training_args) -> dict:
     return splits
 
 
-# ------------------------------------------------------------------------------------------------ audit
-
-
 def find_usable(encoded) -> list[int]:
     """Indices of the rows without a problem."""
     return [i for i, problem in enumerate(encoded["problem"][:]) if not problem]
 
 
-def count_split(encoded, expected_bos: bool) -> dict:
-    """What the audit says of one split; tokens and rows as numbers, `reasons` as a Counter."""
-    usable = encoded.select(find_usable(encoded))
-    bos, summed = usable["leading_bos"][:], list(Row.__dataclass_fields__)[4:-4]
-    return {
-        "rows": len(encoded),
-        "used": len(usable),
-        "left_out": len(encoded) - len(usable),
-        **{name: sum(usable[name][:]) for name in summed},
-        "rows_without_bos": bos.count(0) if expected_bos else 0,
-        "rows_with_two_bos": sum(count > 1 for count in bos),
-        "duplicates": len(usable) - len(set(usable["row_hash"][:])),
-        "reasons": Counter(filter(None, encoded["problem"][:])),
-    }
-
-
-def find_audit_problems(counts: dict[str, dict]) -> list[str]:
-    """Which limits the splits break, with the way out."""
-    problems = []
-    for split, c in counts.items():
-        reasons, unstopped = describe_reasons(c["reasons"]), c["answers"] - c["answers_with_stop"]
-        found = [f"none of the {c['rows']} rows can be used: {reasons}"] if c["used"] == 0 else []
-        if c["left_out"] > MAX_LEFT_OUT * c["rows"]:
-            found.append(f"{c['left_out']} of {c['rows']} rows are left out: {reasons}; mend or remove them")
-        for name in ("rows_without_bos", "rows_with_two_bos"):
-            if c[name]:
-                found.append(f"{c[name]} {name.replace('_', ' ')}: --prompt_template writes a wrong BOS")
-        if unstopped > MAX_UNSTOPPED * c["answers"]:
-            why = "so the model would not learn to stop: raise --max_seq_length, or mend --prompt_template"
-            found.append(f"{unstopped} of {c['answers']} answers have no stop token, {why}")
-        if c.get("overlap", 0) > MAX_OVERLAP * max(c["used"], 1):
-            found.append(f"{c['overlap']} of {c['used']} prompts are in the training data; remove them")
-        problems += [f"{split}: {problem}" for problem in found]
-    return problems
-
-
-def describe_reasons(reasons: Counter) -> str:
-    return ", ".join(f"{count} x {reason}" for reason, count in reasons.most_common(5))
-
-
-def audit(splits: dict, tokenizer, data_args, training_args) -> dict[str, dict]:
-    """
-    Count, show and judge what would be trained on. Returns the counts by split.
-
-    Raises UsageError where a limit is broken, unless --skip_audit is given.
-    """
-    # Blocks of plain text begin anywhere.
-    expected_bos = starts_with_bos(tokenizer) and any(any(encoded["answers"]) for encoded in splits.values())
-    counts = {split: count_split(encoded, expected_bos) for split, encoded in splits.items()}
-    trained = set(splits["train"]["prompt_hash"][:]) if "train" in splits else set()
-    for split in set(splits) - {"train"}:
-        counts[split]["overlap"] = sum(h in trained for h in splits[split]["prompt_hash"][:] if h)
-    problems, unusable = find_audit_problems(counts), any(c["used"] == 0 for c in counts.values())
-    if training_args.process_index == 0:
-        first = next(iter(splits.values()))
-        shown = (first[index] for index in find_usable(first)[:2])
-        print(format_audit(counts), *(show_tokens(r["input_ids"], r["labels"], tokenizer) for r in shown), sep="\n")
-        print(*(f"audit: {problem}" for problem in problems), sep="\n", flush=True)
-    if problems and (unusable or not (data_args.skip_audit or data_args.audit_only)):
-        raise UsageError("\n".join([*problems, "--skip_audit trains all the same"] if not unusable else problems))
-    return counts
-
-
-def format_audit(counts: dict[str, dict]) -> str:
-    """The audit as a table with a column for each split, and the reasons of rows left out below."""
-    names = dict.fromkeys(name for c in counts.values() for name in c if name != "reasons")
-    titles = {"overlap": "prompts also in train", "rows": "rows read"}
-    table = {titles.get(name, name.replace("_", " ")): [c.get(name, "-") for c in counts.values()] for name in names}
-    shares = [f"{c['answers_with_stop'] / c['answers']:.1%}" if c["answers"] else "-" for c in counts.values()]
-    table = {"audit": list(counts)} | table | {"  share of answers": shares}
-    lines = [f"{title:<34}" + "".join(f"{cell:>14}" for cell in cells) for title, cells in table.items()]
-    lines += [f"{split}: left out {describe_reasons(c['reasons'])}" for split, c in counts.items() if c["reasons"]]
-    return "\n".join(["", *lines, ""])
-
-
-def show_tokens(ids: list[int], labels: list[int], tokenizer, width: int = 110, limit: int = 400) -> str:
-    """A row token by token, `|` between them, ^ under the supervised ones; the middle of a long row is left out."""
-    pieces = [tokenizer.decode([i]).replace("\n", "⏎").replace("\r", "␍").replace("\t", "⇥") for i in ids]
-    marked, half = [label != -100 for label in labels], limit // 2
-    lines, text, marks = [f"--- one row: {len(ids)} tokens, {sum(marked)} supervised (^)"], "", ""
-    if len(ids) > limit:
-        pieces[half:-half], marked[half:-half] = [f" ... {len(ids) - limit} tokens ... "], [False]
-    for piece, supervised in zip(pieces, marked, strict=True):
-        if len(text) + len(piece) + 1 > width and text:
-            lines += [text, marks.rstrip()]
-            text = marks = ""
-        text, marks = text + piece + "|", marks + ("^" if supervised else " ") * len(piece) + " "
-    return "\n".join([*filter(None, [*lines, text, marks.rstrip()]), ""])
-
-
 # ------------------------------------------------------------------------------------------------ model
-
-
-def load_tokenizer(model_args, data_args):
-    """Configuration, tokenizer (with a pad token) and the longest example in tokens."""
-    name = model_args.tokenizer_name or model_args.model_name_or_path
-    try:
-        config_name = model_args.config_name or model_args.model_name_or_path
-        config = AutoConfig.from_pretrained(config_name, **model_args.hub)
-        tokenizer = AutoTokenizer.from_pretrained(name, **model_args.hub)
-    except OSError as error:
-        raise UsageError(explain_load_error(model_args.model_name_or_path, error)) from None
-    lacking = "EOS token to stop with" if tokenizer.eos_token is None else "fast tokenizer (tokenizer.json)"
-    if tokenizer.eos_token is None or not tokenizer.is_fast:
-        raise UsageError(f"--tokenizer_name {name}: has no {lacking}")
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token  # padding is left out of the loss by position, EOS stays in it
-    positions = getattr(config, "max_position_embeddings", None) or DEFAULT_MAX_SEQ_LENGTH
-    limit = data_args.max_seq_length or min(DEFAULT_MAX_SEQ_LENGTH, positions)
-    if limit > positions:
-        raise UsageError(f"--max_seq_length {limit}: the model has {positions} positions")
-    return config, tokenizer, limit
-
-
-def explain_load_error(name: str, error: Exception) -> str:
-    """What to do when a model cannot be loaded; gated models need a licence accepted and a login."""
-    if "gated" not in str(error).lower():
-        return f"--model_name_or_path {name}: cannot be loaded: {str(error)[:300]}"
-    return (
-        f"--model_name_or_path {name}: is a gated model. Accept its licence at https://huggingface.co/{name}, then "
-        "log in with `hf auth login` or give --token; a local folder with the model needs neither"
-    )
 
 
 def load_causal_model(config, tokenizer, model_args, training_args):
@@ -915,11 +738,11 @@ def load_causal_model(config, tokenizer, model_args, training_args):
     # stochastically. Frozen weights under adapters are not updated and may stay in bf16.
     low = model_args.pure_bf16 or (model_args.lora_r and training_args.bf16)
     settings = {"config": config, "dtype": torch.bfloat16 if low else torch.float32, **model_args.hub}
-    settings["attn_implementation"] = model_args.attn_implementation
+    settings["attn_implementation"], name = model_args.attn_implementation, model_args.model_name_or_path
     try:
-        model = AutoModelForCausalLM.from_pretrained(model_args.model_name_or_path, **settings)
+        model = transformers.AutoModelForCausalLM.from_pretrained(name, **settings)
     except (OSError, ImportError, ValueError) as error:
-        raise UsageError(explain_load_error(model_args.model_name_or_path, error)) from None
+        raise UsageError(guards.explain_load_error(name, error) if guards else str(error)) from None
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         print(f"the tokenizer has more tokens than the model: the embeddings grow to {len(tokenizer)}", flush=True)
         model.resize_token_embeddings(len(tokenizer))
@@ -1092,7 +915,7 @@ class TokenMeanTrainer(Seq2SeqTrainer):
 class InstructTrainer(TokenMeanTrainer):
     """TokenMeanTrainer for causal models: token accuracy and perplexity, and with predict_with_generate answers."""
 
-    def __init__(self, *args, answer_config: GenerationConfig, rouge_language: str = "en", **kwargs):
+    def __init__(self, *args, answer_config: transformers.GenerationConfig, rouge_language: str = "en", **kwargs):
         super().__init__(*args, **kwargs)
         self.answer_config, self.rouge_language = answer_config, rouge_language
 
@@ -1115,116 +938,11 @@ class InstructTrainer(TokenMeanTrainer):
         loss, tokens, right = self.sums
         scores = {"perplexity": math.exp(min(loss / tokens, 700)), "token_accuracy": right / tokens}
         if self.args.predict_with_generate:
-            rows = dataloader.dataset
-            self.answers = generate_answers(self.model, rows, self.processing_class, self.answer_config, self.args)
-            scores |= score_answers(self.answers, rows["reference"][:], self.rouge_language)
+            rows, tokenizer = dataloader.dataset, self.processing_class
+            self.answers = reports.generate_answers(self.model, self.args, rows, tokenizer, self.answer_config)
+            scores |= reports.score_answers(self.answers, rows["reference"][:], self.rouge_language)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in scores.items()})
         return output
-
-
-# ------------------------------------------------------------------------------------------------ answers
-
-
-def generate_answers(model, rows, tokenizer, config: GenerationConfig, args) -> list[tuple[str, bool, int]]:
-    """
-    An answer to the last prompt of every row: (text, whether it ended by itself, tokens), on every rank.
-
-    Longest prompts first, so that a lack of memory shows at once. Ranks take equal shares, the last rows repeated,
-    because under ZeRO-3 all must generate together.
-    """
-    prompts = [encoding.ids for encoding in tokenize(rows["source"][:], tokenizer)]
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    share, answers = args.per_device_eval_batch_size, {}
-    order += order[-1:] * (-len(order) % (share * args.world_size))
-    starts = range(args.process_index * share, len(order), share * args.world_size)
-    settings = {"generation_config": config, "synced_gpus": is_deepspeed_zero3_enabled()}
-    model.eval()
-    for start in tqdm(starts, desc="Generating", disable=args.disable_tqdm or args.process_index > 0):
-        chosen = order[start : start + share]
-        longest = max(len(prompts[i]) for i in chosen)
-        ids = [[tokenizer.pad_token_id] * (longest - len(prompts[i])) + prompts[i] for i in chosen]
-        mask = [[0] * (longest - len(prompts[i])) + [1] * len(prompts[i]) for i in chosen]
-        ids, mask = (torch.tensor(values, device=args.device) for values in (ids, mask))
-        with torch.no_grad():  # where there is autocast, it is in the model's forward
-            ids = model.generate(input_ids=ids, attention_mask=mask, **settings)
-        for i, tokens in zip(chosen, ids[:, longest:].tolist(), strict=True):
-            answers[i] = cut_at_stop(tokens, tokenizer, config.eos_token_id)
-    if args.world_size > 1:
-        parts = [None] * args.world_size
-        torch.distributed.all_gather_object(parts, answers)
-        answers = {i: answer for part in parts for i, answer in part.items()}
-    return [answers[i] for i in range(len(prompts))]
-
-
-def cut_at_stop(tokens: list[int], tokenizer, stops: list[int]) -> tuple[str, bool, int]:
-    """(text up to the first stop token, whether there was one, number of tokens before it)"""
-    end = next((n for n, token in enumerate(tokens) if token in stops), len(tokens))
-    return tokenizer.decode(tokens[:end], skip_special_tokens=True).strip(), end < len(tokens), end
-
-
-def score_answers(answers: list[tuple], references: list[str], language: str) -> dict[str, float]:
-    """ROUGE of the answers in percent, the share that ended by itself, and the mean length in tokens."""
-    texts, stopped, lengths = zip(*answers, strict=True)
-    means = {"stopped": float(np.mean(stopped)), "gen_len": float(np.mean(lengths))}
-    return compute_rouge(texts, references, language) | means
-
-
-class AnswerCallback(TrainerCallback):
-    """Prints the answers to a few validation prompts, before and after training."""
-
-    def __init__(self, rows, tokenizer, config: GenerationConfig):
-        self.rows, self.tokenizer, self.config = rows, tokenizer, config
-
-    def show(self, when: str, model, args) -> None:
-        """Every rank generates (ZeRO-3 needs them all), the first one prints."""
-        answers = generate_answers(model, self.rows, self.tokenizer, self.config, args)
-        if args.process_index == 0:
-            print(f"\n=== {len(answers)} validation prompts {when} training ===")
-            for row, (text, stopped, _) in zip(self.rows, answers, strict=True):
-                print(f"prompt:    {shorten(row['source'], 400)}")
-                print(f"reference: {shorten(row['reference'])}")
-                print(f"answer:    {shorten(text)} [{'ended' if stopped else 'did not end'}]\n", flush=True)
-
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        self.show("before", model, args)
-
-    def on_train_end(self, args, state, control, model=None, **kwargs):
-        self.show("after", model, args)
-
-
-def shorten(text: str, width: int = 160) -> str:
-    """Text on one line of at most `width` characters."""
-    text = " ".join(str(text).split())
-    return text if len(text) <= width else text[: width - 4] + " ..."
-
-
-# Letters that are written without spaces between words: kana, CJK ideographs, Thai, Lao, Khmer, Burmese.
-UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\u0e00-\u0eff\u1780-\u17ff\u1000-\u109f"
-
-
-class UnicodeTokenizer:
-    """Words of any script for rouge_score, whose own tokenizer drops every non-ASCII letter; lower-cased."""
-
-    pattern = re.compile(rf"[{UNSPACED}]|[^\W_{UNSPACED}]+")
-
-    def tokenize(self, text: str) -> list[str]:
-        return self.pattern.findall(text.lower())
-
-
-def split_sentences(text: str) -> str:
-    """One sentence a line, as rougeLsum expects; an untrained Punkt model, so that nothing is downloaded."""
-    lines = re.sub(r"([。！？])", r"\1 \n", text.strip()).split("\n")
-    return "\n".join(s.strip() for line in lines for s in PunktSentenceTokenizer().tokenize(line) if s.strip())
-
-
-def compute_rouge(predictions: list[str], references: list[str], language: str) -> dict[str, float]:
-    """ROUGE-1/2/L/Lsum F-measures in percent, by rouge_score: `evaluate.load("rouge")` would need the hub."""
-    names = ["rouge1", "rouge2", "rougeL", "rougeLsum"]
-    words = {"use_stemmer": True} if language == "en" else {"tokenizer": UnicodeTokenizer()}
-    scorer = RougeScorer(names, **words)
-    pairs = zip(map(split_sentences, references), map(split_sentences, predictions), strict=True)
-    scores = [scorer.score(*pair) for pair in pairs]
-    return {name: round(100 * float(np.mean([s[name].fmeasure for s in scores])), 4) for name in names}
 
 
 # ------------------------------------------------------------------------------------------------ results
@@ -1263,33 +981,12 @@ def merge_adapters(model_args, folder: str) -> None:
 # ------------------------------------------------------------------------------------------------ main
 
 
-ABSENT = {
-    "guards.py": "bad input ends late, in a traceback; a killed run goes on only with --resume_from_checkpoint",
-    "reports.py": "no samples, curves, model card or audit of labels, and two runs in MLflow",
-    "fast_batches.py": "batches are padded and all logits made: the same losses, about twice the time, more memory",
-    "zero_adafactor.py": "under ZeRO --optim adafactor is the library's, which does not factor there: 4 bytes of "
-    "state a parameter, and updates that depend on the number of ranks",
-}
-
-
-def describe_run(model, training_args, checkpoint: str | None) -> str:
-    """What was decided before the first step, and what an absent companion costs."""
+def print_absent(training_args) -> None:
+    """Say what each absent companion costs."""
     companions = zip(ABSENT.items(), (guards, reports, fast_batches, zero_adafactor), strict=True)
-    lines = [f"{name} is not beside this script: {cost}" for (name, cost), module in companions if module is None]
-    rows, ranks = training_args.per_device_train_batch_size, training_args.world_size
-    steps = training_args.gradient_accumulation_steps
-    own = zero_adafactor and zero_adafactor.describe(training_args, model)
-    count = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
-    return "\n".join(
-        [
-            *lines,
-            f"parameters: {count / 1e6:.2f} M trained",
-            own or f"optimizer: {training_args.optim.value}",
-            f"precision: {'bf16 autocast (--bf16 false for fp32)' if training_args.bf16 else model.dtype}",
-            f"effective batch {rows * ranks * steps} = {rows} rows x {ranks} processes x {steps} accumulation steps",
-            f"going on from {checkpoint}" if checkpoint else "starting from the model's own weights",
-        ]
-    )
+    for (name, cost), module in companions:
+        if module is None and training_args.process_index == 0:
+            print(f"{name} is not beside this script: {cost}", flush=True)
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -1302,6 +999,7 @@ def main(argv: list[str] | None = None) -> dict:
         last_checkpoint = guards.find_checkpoint(training_args)
     if training_args.n_gpu > 1:  # DataParallel would scatter the rows but not the token count
         training_args._n_gpu = 1
+    print_absent(training_args)
     set_seed(training_args.seed)
 
     # Data, tokenizer, prompts and labels; the audit before the model is loaded
@@ -1312,9 +1010,11 @@ def main(argv: list[str] | None = None) -> dict:
     splits = encode_splits(raw, tokenizer, limit, data_args, training_args)
     if training_args.process_index == 0:
         print(f"data format: {data_format} ({', '.join(columns)}); prompt template: {template}", flush=True)
-    counts = audit(splits, tokenizer, data_args, training_args)
-    if data_args.audit_only:
-        return counts
+    if reports:
+        judge = {"skip": data_args.skip_audit, "only": data_args.audit_only, "rank": training_args.process_index}
+        counts = reports.audit(splits, tokenizer, starts_with_bos(tokenizer), **judge)
+        if data_args.audit_only:
+            return counts
     splits = {split: encoded.select(find_usable(encoded)) for split, encoded in splits.items()}
 
     # Model, batches, loss, trainer
@@ -1326,7 +1026,7 @@ def main(argv: list[str] | None = None) -> dict:
         train_rows, train_collator, callbacks, loss = choose_rows(
             model, splits["train"], limit, collator, data_args, training_args
         )
-    answer_config = GenerationConfig(
+    answer_config = transformers.GenerationConfig(
         max_new_tokens=data_args.max_new_tokens,
         num_beams=training_args.generation_num_beams or data_args.num_beams,
         eos_token_id=find_stop_ids(tokenizer, model.generation_config),
@@ -1334,7 +1034,8 @@ def main(argv: list[str] | None = None) -> dict:
     )
     if training_args.do_train and training_args.predict_with_generate and "validation" in splits:
         shown = splits["validation"].select(range(min(SHOWN_SAMPLES, len(splits["validation"]))))
-        callbacks.append(AnswerCallback(shown, tokenizer, answer_config))
+        write = partial(reports.write_answers, rows=shown, tokenizer=tokenizer, config=answer_config)
+        callbacks.append(reports.SampleCallback(shown, write))
     trainer = InstructTrainer(
         model=model,
         args=training_args,
@@ -1354,8 +1055,9 @@ def main(argv: list[str] | None = None) -> dict:
 
     # Train
     if training_args.do_train:
-        if trainer.is_world_process_zero():
-            print(describe_run(model, training_args, last_checkpoint), flush=True)
+        if reports and trainer.is_world_process_zero():
+            optimizer = zero_adafactor.describe(training_args, model) if zero_adafactor else training_args.optim.value
+            print(reports.describe_run(model, training_args, optimizer, last_checkpoint), flush=True)
         metrics = trainer.train(resume_from_checkpoint=last_checkpoint).metrics
         trainer.save_model()
         trainer.save_metrics("train", metrics | {"train_samples": len(splits["train"]), "train_rows": len(train_rows)})

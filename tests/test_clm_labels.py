@@ -23,6 +23,7 @@ from tokenizers import (
 )
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
+import reports
 import run_clm_instruct as clm
 
 DOLLY = ("dolly", ("instruction", "context", "response"))
@@ -663,10 +664,7 @@ def test_an_earlier_answer_that_the_template_shortens_is_not_searched_for_but_re
 def test_a_generation_prompt_that_opens_reasoning_which_answers_do_not_have_is_refused_with_both_endings():
     tokenizer = make_simple(R1, specials=("<|User|>", "<|Assistant|>"), plain=("<think>",))
     (problem,) = set(encode_rows(tokenizer, QUESTIONS, *DOLLY)["problem"])
-    assert problem == (
-        r"the template's generation prompt ends with '<s><|User|>?<|Assistant|><think>\n', "
-        r"the text before an answer with '<s><|User|>?<|Assistant|>'"
-    )
+    assert problem == r"the template's generation prompt has '<think>\n' where the text before an answer has ''"
 
 
 STRANGE = (
@@ -736,10 +734,8 @@ def test_a_template_whose_generations_begin_otherwise_than_what_is_trained_on_is
     tokenizer, _ = make_case("think_prompt", "qwen", False)
     problems = set(encode_rows(tokenizer, QUESTIONS, *DOLLY)["problem"])
     assert problems == {encode_rows(tokenizer, [{"messages": make_chats(2)[1]}], *CHAT)["problem"][0]}
-    (said,) = problems
-    assert said.startswith("the template's generation prompt ends with ")
-    assert r"|im_start|>assistant\n<think>\n\n</think>\n\n', the text before an answer with '" in said
-    assert said.endswith(r"<|im_start|>assistant\n'")
+    ending = r"'<think>\n\n</think>\n\n'"
+    assert problems == {f"the template's generation prompt has {ending} where the text before an answer has ''"}
 
 
 @pytest.mark.parametrize(("family", "kind", "adds_bos"), [case for case in SINGLE if case[0] not in NO_SYSTEM])
@@ -825,15 +821,15 @@ def test_a_template_that_writes_bos_before_system_turns_only_is_found_by_the_aud
         "{% for m in messages %}{{ m.role + ':' + m.content + eos_token }}{% endfor %}"
     )
     tokenizer = make_simple(template)
-    counts = clm.count_split(encode_rows(tokenizer, [{"messages": c} for c in make_chats()], *CHAT), True)
+    counts = reports.count_split(encode_rows(tokenizer, [{"messages": c} for c in make_chats()], *CHAT), True)
     assert (counts["rows_with_two_bos"], counts["rows_without_bos"]) == (17, 0)
-    assert "17 rows with two bos" in clm.find_audit_problems({"train": counts})[0]
+    assert "17 rows with two bos" in reports.find_audit_problems({"train": counts})[0]
 
 
 def test_a_template_that_leaves_bos_out_is_found_by_the_audit():
     tokenizer = make_tokenizer("gpt2")
     tokenizer.chat_template = "{% for m in messages %}{{ m.role + ':' + m.content + eos_token }}{% endfor %}"
-    counts = clm.count_split(encode_rows(tokenizer, make_rows(), *DOLLY), True)
+    counts = reports.count_split(encode_rows(tokenizer, make_rows(), *DOLLY), True)
     assert (counts["rows_with_two_bos"], counts["rows_without_bos"]) == (0, 34)
 
 
@@ -1107,8 +1103,8 @@ def test_a_template_that_writes_the_system_turn_only_without_an_answer_leaves_su
     tokenizer = make_simple(MISTRAL_END)
     rows = encode_rows(tokenizer, [{"messages": chat} for chat in make_chats()], *CHAT)
     assert rows["problem"][::2] == [""] * 17
-    said = "the template writes a conversation otherwise when it asks for the answer than when the answer is there"
-    assert set(rows["problem"][1::2]) <= {said, "the template leaves out the system turn"}
+    said = ("the template's generation prompt has ", "the template leaves out the system turn")
+    assert all(problem.startswith(said) for problem in rows["problem"][1::2])
 
 
 def test_one_bad_row_does_not_touch_its_neighbours():
@@ -1223,15 +1219,15 @@ def test_plain_text_passes_the_audit(adds_bos, capsys):
     tokenizer = make_tokenizer("llama3", adds_bos=adds_bos)
     texts = [row["response"] for row in make_rows()]
     rows = Dataset.from_dict(clm.encode_texts({"body": texts}, tokenizer, "body", 32))
-    counts = clm.audit({"train": rows}, tokenizer, *audit_args())
-    assert clm.find_audit_problems(counts) == []
+    counts = audit({"train": rows}, tokenizer)
+    assert reports.find_audit_problems(counts) == []
 
 
 # ------------------------------------------------------------------------------------------------ audit
 
 
-def audit_args(skip_audit: bool = False, audit_only: bool = False):
-    return SimpleNamespace(skip_audit=skip_audit, audit_only=audit_only), SimpleNamespace(process_index=0)
+def audit(splits: dict, tokenizer, **flags) -> dict:
+    return reports.audit(splits, tokenizer, clm.starts_with_bos(tokenizer), **flags)
 
 
 GOOD = {"rows": 1000, "used": 1000, "left_out": 0, "rows_without_bos": 0, "rows_with_two_bos": 0, "answers": 1000}
@@ -1250,14 +1246,14 @@ GOOD |= {"answers_with_stop": 1000, "overlap": 0, "reasons": Counter({"empty ans
     ],
 )
 def test_each_limit_of_the_audit_is_reported_above_it_and_not_at_it(below, above, message):
-    assert clm.find_audit_problems({"train": GOOD | below}) == []
-    (problem,) = clm.find_audit_problems({"train": GOOD, "validation": GOOD | above})
+    assert reports.find_audit_problems({"train": GOOD | below}) == []
+    (problem,) = reports.find_audit_problems({"train": GOOD, "validation": GOOD | above})
     assert problem.startswith("validation: ") and message in problem
 
 
 def test_every_broken_limit_of_every_split_is_reported_at_once():
     bad = GOOD | dict(left_out=60, rows_without_bos=2, rows_with_two_bos=3, answers_with_stop=0, overlap=500)
-    problems = clm.find_audit_problems({"train": bad, "validation": bad})
+    problems = reports.find_audit_problems({"train": bad, "validation": bad})
     assert [p.split(":")[0] for p in problems] == ["train"] * 5 + ["validation"] * 5
 
 
@@ -1265,7 +1261,7 @@ def test_the_counts_of_a_split_are_those_of_its_rows():
     tokenizer = make_letters()
     rows = [LETTER_ROW, LETTER_ROW, {**LETTER_ROW, "response": ""}, {**LETTER_ROW, "context": None}]
     rows += [{**LETTER_ROW, "context": "c" * n} for n in (8, 20)] + [{**LETTER_ROW, "response": "a" * 60}]
-    counts = clm.count_split(encode_rows(tokenizer, rows, *DOLLY, limit=23), True)
+    counts = reports.count_split(encode_rows(tokenizer, rows, *DOLLY, limit=23), True)
     assert counts == {
         **{"rows": 7, "used": 6, "left_out": 1, "cut_exchanges": 0, "cut_context": 3, "cut_answer": 1},
         **{"tokens": 23 + 23 + 15 + 23 + 23 + 23, "supervised_tokens": 7 * 5 + 15, "answers": 6},
@@ -1281,21 +1277,21 @@ def test_duplicates_and_validation_prompts_seen_in_training_are_counted(capsys):
     train = encode_rows(tokenizer, rows + rows[:3], *DOLLY)
     seen = [{**rows[0], "response": "another"}, {**rows[1], "instruction": " q1\n"}, {**rows[2], "context": "new"}]
     validation = encode_rows(tokenizer, [*seen, {**rows[3], "instruction": "Q3"}, {**rows[4], "response": ""}], *DOLLY)
-    counts = clm.audit({"train": train, "validation": validation}, tokenizer, *audit_args(skip_audit=True))
+    counts = audit({"train": train, "validation": validation}, tokenizer, skip=True)
     assert (counts["train"]["duplicates"], counts["validation"]["duplicates"]) == (3, 0)
     assert counts["validation"]["overlap"] == 2 and "overlap" not in counts["train"]
     printed = capsys.readouterr().out
     assert re.search(r"prompts also in train +- +2\n", printed) and "validation: left out 1 x empty answer" in printed
     with pytest.raises(clm.UsageError, match="2 of 4 prompts are in the training data"):
-        clm.audit({"train": train, "validation": validation}, tokenizer, *audit_args())
+        audit({"train": train, "validation": validation}, tokenizer)
 
 
 def test_an_audit_without_one_usable_row_ends_the_run_whatever_the_flags(capsys):
     tokenizer = make_simple("dolly")
     rows = encode_rows(tokenizer, [{"instruction": "q", "context": "", "response": ""}] * 3, *DOLLY)
-    for flags in ({}, {"skip_audit": True}, {"audit_only": True}):
+    for flags in ({}, {"skip": True}, {"only": True}):
         with pytest.raises(clm.UsageError, match="none of the 3 rows can be used: 3 x empty answer"):
-            clm.audit({"train": rows}, tokenizer, *audit_args(**flags))
+            audit({"train": rows}, tokenizer, **flags)
 
 
 def read_marks(shown: str) -> list[tuple[str, bool]]:
@@ -1321,7 +1317,7 @@ def test_show_tokens_marks_the_supervised_tokens_and_no_other(limit):
     answer = "One lens.\nTwo\tlenses, in a rather long answer that goes over the line's end."
     encoded = encode(tokenizer, {"instruction": "How many?", "context": "", "response": answer}, *DOLLY)
     ids, labels = encoded["input_ids"], encoded["labels"]
-    shown = clm.show_tokens(ids, labels, tokenizer, limit=limit)
+    shown = reports.show_tokens(ids, labels, tokenizer, limit=limit)
     wanted = [
         (tokenizer.decode([i]).replace("\n", "⏎").replace("\t", "⇥"), label != -100)
         for i, label in zip(ids, labels, strict=True)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
+import guards
 import run_clm_instruct as script
 from conftest import ROOT, make_instructions, run, run_warm, write_jsonl
 from test_run_summarization import KILL_IN_SAVE, history, read_predictions
@@ -28,10 +29,10 @@ def command(place: Path, *flags, start=SCRIPT) -> list:
 
 @pytest.fixture(scope="module")
 def overfitted(place) -> Path:
-    """The script with nothing but fast_batches.py beside it, packed, with pad = EOS: the folder that it wrote."""
+    """The script with fast_batches.py and reports.py beside it, packed, with pad = EOS: the folder that it wrote."""
     alone = place / "alone"
     alone.mkdir()
-    for name in ("run_clm_instruct.py", "fast_batches.py"):
+    for name in ("run_clm_instruct.py", "fast_batches.py", "reports.py"):
         shutil.copy(ROOT / name, alone)
     shutil.copytree(place / "tiny-llama", alone / "no-pad")
     settings = json.loads((alone / "no-pad/tokenizer_config.json").read_text())
@@ -86,7 +87,7 @@ def test_what_it_prints_says_what_it_trains_on(overfitted):
         "packing: examples packed or alone give the same logits",
         f"{'  share of answers':<34}{'100.0%':>14}",
         "effective batch 2 = 2 rows x 1 processes x 1 accumulation steps",
-        "optimizer: adamw_torch",
+        "adamw_torch",
     ):
         assert said in printed, said
 
@@ -354,5 +355,5 @@ def test_a_template_that_raises_is_named_with_its_message(place, tmp_path):
 
 def test_a_gated_model_says_where_to_accept_the_licence():
     error = OSError("You are trying to access a gated repo.\nMake sure to have access to it")
-    said = script.explain_load_error("meta-llama/Llama-2-7b-hf", error)
+    said = guards.explain_load_error("meta-llama/Llama-2-7b-hf", error)
     assert "https://huggingface.co/meta-llama/Llama-2-7b-hf" in said and "hf auth login" in said and "--token" in said
