@@ -684,8 +684,8 @@ def join_texts(texts: list[str], prompts: Prompts) -> tuple[list[str], int]:
     return ["\n".join(part) for part in parts], sum(length - 1 > room for length in lengths)
 
 
-def make_group_table(generator: Generator, store: Store, table, texts: list, data_args):
-    """(a table with a row a group: its value, how many texts, rounds and cut texts, and the output; counts)."""
+def find_groups(table, texts: list, data_args) -> tuple[dict, int]:
+    """The texts of each group that is large enough, and how many groups are not. Raises UsageError if none is."""
     groups = {}
     for value, text in zip(table[data_args.group_by], texts, strict=True):
         if text is not None:
@@ -693,12 +693,16 @@ def make_group_table(generator: Generator, store: Store, table, texts: list, dat
     large = {value: texts for value, texts in groups.items() if len(texts) >= data_args.min_group_size}
     if not large:
         raise UsageError(f"--min_group_size {data_args.min_group_size}: no group is that large")
-    results = summarise_groups(generator, store, large)
-    columns = {data_args.group_by: list(large)}
+    return large, len(groups) - len(large)
+
+
+def make_group_table(generator: Generator, store: Store, groups: dict[str, list[str]], data_args):
+    """(a table with a row a group: its value, how many texts, rounds and cut texts, and the output; texts cut)."""
+    results = summarise_groups(generator, store, groups)
+    columns = {data_args.group_by: list(groups)}
     columns |= {name: [row[name] for row in results] for name in ("num_texts", "num_rounds", "num_cut", "prediction")}
     columns[data_args.output_column] = columns.pop("prediction")
-    counts = {"groups left out": len(groups) - len(large), "cut": sum(columns["num_cut"])}
-    return datasets.Dataset.from_dict(columns), counts
+    return datasets.Dataset.from_dict(columns), sum(columns["num_cut"])
 
 
 def measure_latency(generator: Generator, texts: list) -> dict[str, float]:
@@ -767,23 +771,25 @@ def main(argv: list[str] | None = None) -> dict:
         return times
 
     # In batches, from where a killed run ended
-    output = Path(data_args.output_file)
-    folder = output.with_name(output.name + ".parts")
+    counts = {"rows": len(table), "written": 0, "without a text": texts.count(None)}
+    if data_args.group_by is not None:
+        groups, counts["groups left out"] = find_groups(table, texts, data_args)
+    folder = Path(f"{data_args.output_file}.parts")
     store = Store(folder, describe_settings(table, text_column, model_args, data_args, decoding), rank)
     store.open()
     if rank == 0 and store.found:
         print(f"going on: {len(store.found)} outputs are in {folder}", flush=True)
     if data_args.group_by is None:
-        outputs, num_cut = generate_round(generator, store, texts, 0, "Generating")
-        result, counts = table.add_column(data_args.output_column, outputs), {"cut": num_cut}
+        outputs, counts["cut"] = generate_round(generator, store, texts, 0, "Generating")
+        result = table.add_column(data_args.output_column, outputs)
     else:
-        result, counts = make_group_table(generator, store, table, texts, data_args)
-    counts = {"rows": len(table), "written": len(result), "without a text": texts.count(None), **counts}
+        result, counts["cut"] = make_group_table(generator, store, groups, data_args)
+    counts["written"] = len(result)
     wait_for_all()
     if rank == 0:
-        write_table(result, output)
+        write_table(result, Path(data_args.output_file))
         print_counts({**counts, "seconds": round(time.perf_counter() - started, 1)})
-        print(f"written: {output}", flush=True)
+        print(f"written: {data_args.output_file}", flush=True)
     wait_for_all()
     if rank == 0:
         store.remove()

@@ -453,6 +453,13 @@ def test_wrong_files_are_named_with_the_way_out(refused, trained, tmp_path):
     assert refused(input_file="no.csv", output_file="out.txt", model_name_or_path="./no").count("\n") == 2
 
 
+def test_groups_that_are_all_too_small_are_refused_and_leave_nothing_behind(trained, table, tmp_path):
+    flags = ["--group_by", "product_id", "--min_group_size", "500"]
+    done = run_warm(*command(trained, table, tmp_path / "out.csv", *flags), cwd=tmp_path, check=False)
+    assert done.returncode == 2 and "--min_group_size 500: no group is that large" in done.stdout
+    assert not list(tmp_path.glob("out.csv*"))
+
+
 def test_summaries_too_long_to_be_summarised_again_are_refused(trained, table, tmp_path):
     flags = ["--group_by", "product_id", "--max_source_length", "40", "--max_new_tokens", "20"]
     done = run_warm(*command(trained, table, tmp_path / "out.csv", *flags), cwd=tmp_path, check=False)
