@@ -375,7 +375,7 @@ PROMPT_TEMPLATES = {
 {%- if (message.role == 'user') != (loop.index0 % 2 == 0) %}
 {{- raise_exception('roles must alternate: user, assistant, user, ...') }}
 {%- endif %}
-{{- bos_token + '[INST] ' if message.role == 'user' }}
+{{- (bos_token or '') + '[INST] ' if message.role == 'user' }}
 {{- '<<SYS>>\n' + messages[0].content + '\n<</SYS>>\n\n' if loop.first and has_system }}
 {{- message.content + ' [/INST]' if message.role == 'user' else ' ' + message.content + ' ' + eos_token }}
 {%- endfor %}""",
@@ -762,6 +762,16 @@ def find_stop_ids(tokenizer, generation_config) -> list[int]:
     return [i for i in dict.fromkeys(ids) if i is not None]
 
 
+def make_answer_config(model, tokenizer, data_args, training_args) -> transformers.GenerationConfig:
+    """How answers are generated in evaluation; the stop tokens as a list."""
+    return transformers.GenerationConfig(
+        max_new_tokens=data_args.max_new_tokens,
+        num_beams=training_args.generation_num_beams or data_args.num_beams,
+        eos_token_id=find_stop_ids(tokenizer, model.generation_config),
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
 def add_adapters(model, model_args, training_args):
     """LoRA adapters on the model (https://arxiv.org/abs/2106.09685) by peft; everything else is frozen."""
     import peft
@@ -1013,25 +1023,19 @@ def main(argv: list[str] | None = None) -> dict:
     if reports:
         judge = {"skip": data_args.skip_audit, "only": data_args.audit_only, "rank": training_args.process_index}
         counts = reports.audit(splits, tokenizer, starts_with_bos(tokenizer), **judge)
-        if data_args.audit_only:
-            return counts
+    if data_args.audit_only:
+        return counts
     splits = {split: encoded.select(find_usable(encoded)) for split, encoded in splits.items()}
 
     # Model, batches, loss, trainer
     model = load_causal_model(config, tokenizer, model_args, training_args)
-    train_rows, loss, callbacks = None, None, []
     half = training_args.bf16 or training_args.fp16 or model.dtype == torch.bfloat16
     collator = train_collator = InstructCollator(tokenizer.pad_token_id, multiple=8 if half else 1)
+    train_rows, loss, callbacks = None, None, []
     if training_args.do_train:
-        train_rows, train_collator, callbacks, loss = choose_rows(
-            model, splits["train"], limit, collator, data_args, training_args
-        )
-    answer_config = transformers.GenerationConfig(
-        max_new_tokens=data_args.max_new_tokens,
-        num_beams=training_args.generation_num_beams or data_args.num_beams,
-        eos_token_id=find_stop_ids(tokenizer, model.generation_config),
-        pad_token_id=tokenizer.pad_token_id,
-    )
+        settings = (splits["train"], limit, collator, data_args, training_args)
+        train_rows, train_collator, callbacks, loss = choose_rows(model, *settings)
+    answer_config = make_answer_config(model, tokenizer, data_args, training_args)
     if training_args.do_train and training_args.predict_with_generate and "validation" in splits:
         shown = splits["validation"].select(range(min(SHOWN_SAMPLES, len(splits["validation"]))))
         write = partial(reports.write_answers, rows=shown, tokenizer=tokenizer, config=answer_config)
@@ -1052,14 +1056,14 @@ def main(argv: list[str] | None = None) -> dict:
     )
     if reports:
         reports.start_tracking(trainer, model_args, data_args)
-
-    # Train
     if training_args.do_train:
         if reports and trainer.is_world_process_zero():
             optimizer = zero_adafactor.describe(training_args, model) if zero_adafactor else training_args.optim.value
             print(reports.describe_run(model, training_args, optimizer, last_checkpoint), flush=True)
         metrics = trainer.train(resume_from_checkpoint=last_checkpoint).metrics
         trainer.save_model()
+        if trainer.is_world_process_zero():  # the library leaves it out beside adapters
+            model.generation_config.save_pretrained(training_args.output_dir)
         trainer.save_metrics("train", metrics | {"train_samples": len(splits["train"]), "train_rows": len(train_rows)})
         trainer.log_metrics("train", metrics)
 
@@ -1072,8 +1076,8 @@ def main(argv: list[str] | None = None) -> dict:
         reports.write_reports(trainer, "text-generation", model_args, data_args)
     if model_args.merge_lora and training_args.do_train and trainer.is_world_process_zero():
         merge_adapters(model_args, training_args.output_dir)
-    results = Path(training_args.output_dir) / "all_results.json"
-    return json.loads(results.read_text()) if trainer.is_world_process_zero() else {}
+    results = f"{training_args.output_dir}/all_results.json"
+    return json.loads(Path(results).read_text()) if trainer.is_world_process_zero() else {}
 
 
 if __name__ == "__main__":

@@ -850,6 +850,15 @@ def test_without_a_name_the_template_is_the_tokenizers_or_that_of_the_format(tmp
     assert tokenizer.chat_template == LLAMA2
 
 
+@pytest.mark.parametrize("template", list(clm.PROMPT_TEMPLATES))
+def test_the_built_in_templates_serve_a_tokenizer_without_bos(template):
+    tokenizer = make_tokenizer("gpt2", adds_bos=False)
+    tokenizer.bos_token = None
+    set_template(tokenizer, template)
+    rows = encode_rows(tokenizer, make_rows(), *DOLLY)
+    assert set(rows["problem"]) == {""}
+
+
 def test_a_template_that_refuses_a_single_question_is_no_traceback():
     """set_prompt_template asks the template for a question to see whether it writes BOS."""
     tokenizer = make_tokenizer("gpt2")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, pipeline
 
 import guards
 import run_clm_instruct as script
@@ -185,6 +185,8 @@ def test_adapters_alone_are_trained_and_the_merged_folder_is_the_same_model(plac
     base = AutoModelForCausalLM.from_pretrained(place / "tiny-llama").eval()
     adapted = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()  # by adapter_config.json
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out/merged").eval()
+    stops = {name: GenerationConfig.from_pretrained(tmp_path / name).eos_token_id for name in ("out", "out/merged")}
+    assert stops["out"] == stops["out/merged"] == merged.generation_config.eos_token_id
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out/merged")
     ids = tokenizer("How do I clean a lens?", return_tensors="pt")["input_ids"]
     with torch.no_grad():
