@@ -268,6 +268,7 @@ def test_every_target_is_phony_on_a_line_of_its_group():
 def test_the_readme_says_what_each_companion_costs_with_the_words_of_the_scripts():
     costs = {
         "guards.py": "bad input ends late, in a traceback; a killed run goes on only with --resume_from_checkpoint",
+        "reports.py": "no samples, curves, model card or audit of labels, and two runs in MLflow",
         "fast_batches.py": "about twice the time, more memory",
         "zero_adafactor.py": "4 bytes of state a parameter, updates that depend on the number of ranks",
     }
