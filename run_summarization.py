@@ -142,6 +142,7 @@ class DataTrainingArguments:
     pad_to_max_length: bool = HfArg(default=False, help="Pad to the maximum lengths, not to the batch's longest row.")
     packing: bool | None = HfArg(
         default=None,
+        metadata={"nargs": "?", "const": True},
         help="Train on a batch's rows end to end instead of padded: the same batches, losses and gradients in about "
         "half the time. Default: where the model can (T5 and mT5) and fast_batches.py is here.",
     )

@@ -45,7 +45,7 @@ def overfitted(place) -> Path:
     return alone / "out"
 
 
-OVERFIT = ["--predict_with_generate", "--learning_rate", "2e-3", "--num_train_epochs", "40", "--save_strategy", "no"]
+OVERFIT = ["--predict_with_generate", "--learning_rate", "3e-3", "--num_train_epochs", "60", "--save_strategy", "no"]
 OVERFIT += ["--per_device_train_batch_size", "2", "--max_new_tokens", "64", "--logging_steps", "50"]
 
 
