@@ -156,6 +156,7 @@ def main() -> None:
     if args.side:
         work(args)
         return
+    model = args.model_name_or_path or f"{args.preset} shape"
     if "trl" in args.sides and importlib.util.find_spec("trl") is None:
         print("trl left out: it is not installed (pip install trl)")
         args.sides.remove("trl")
@@ -186,7 +187,7 @@ def main() -> None:
         turns = take_turns(__file__, args)
     threads = os.environ.get("OMP_NUM_THREADS") or os.cpu_count()
     print(
-        f"{args.preset} shape, {args.per_device_train_batch_size} rows of {args.max_seq_length} a batch, "
+        f"{model}, {args.per_device_train_batch_size} rows of {args.max_seq_length} a batch, "
         f"{args.steps} steps a round, {args.rounds} rounds, {threads} threads"
     )
     for side in args.sides:

@@ -342,12 +342,13 @@ def main() -> None:
     if args.side:
         work(args)
         return
+    model = args.model_name_or_path or f"{args.preset} shape"
     with tempfile.TemporaryDirectory() as folder:
         make_inputs(args, Path(folder))
         turns = take_turns(__file__, args)
     threads = os.environ.get("OMP_NUM_THREADS") or os.cpu_count()
     print(
-        f"{args.preset} shape, batches of {args.per_device_train_batch_size}, {args.steps} steps a round, "
+        f"{model}, batches of {args.per_device_train_batch_size}, {args.steps} steps a round, "
         f"{args.rounds} rounds, {threads} threads"
     )
     for side in args.sides:
