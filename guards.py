@@ -301,7 +301,7 @@ def find_model_problems(args: argparse.Namespace) -> list[str]:
     return problems
 
 
-def find_instruct_problems(args: argparse.Namespace, formats: list[str], templates: list[str]) -> list[str]:
+def find_format_problems(args: argparse.Namespace, formats: list[str], templates: list[str]) -> list[str]:
     """What is wrong with the flags of run_clm_instruct.py. formats, templates: the names that it knows."""
     lora, share, template = args.lora_r, args.validation_split_percentage, args.prompt_template
     is_text = args.text_column is not None or args.data_format == "text" or str(args.train_file).endswith(".txt")

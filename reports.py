@@ -11,6 +11,7 @@ run meets them: audit, start_tracking, describe_run, SampleCallback, generate_an
 """
 
 import atexit
+import itertools
 import json
 import re
 from collections import Counter
@@ -18,8 +19,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from nltk.tokenize.punkt import PunktSentenceTokenizer
-from rouge_score.rouge_scorer import RougeScorer
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
@@ -56,7 +55,7 @@ def audit(splits: dict, tokenizer, writes_bos: bool, skip: bool = False, only: b
     problems, unusable = find_audit_problems(counts), any(c["used"] == 0 for c in counts.values())
     if rank == 0:
         first = next(iter(splits.values()))
-        usable = [i for i, problem in enumerate(first["problem"][:]) if not problem][:2]
+        usable = itertools.islice((i for i, problem in enumerate(first["problem"][:]) if not problem), 2)
         shown = (show_tokens(first[i]["input_ids"], first[i]["labels"], tokenizer) for i in usable)
         print(format_audit(counts), *shown, *(f"audit: {problem}" for problem in problems), sep="\n", flush=True)
     if problems and (unusable or not (skip or only)):
@@ -125,8 +124,7 @@ def show_tokens(ids: list[int], labels: list[int], tokenizer, width: int = 110, 
         pieces[half:-half], marked[half:-half] = [f" ... {len(ids) - limit} tokens ... "], [False]
     for piece, supervised in zip(pieces, marked, strict=True):
         if len(text) + len(piece) + 1 > width and text:
-            lines += [text, marks.rstrip()]
-            text = marks = ""
+            lines, text, marks = [*lines, text, marks.rstrip()], "", ""
         text, marks = text + piece + "|", marks + ("^" if supervised else " ") * len(piece) + " "
     return "\n".join([*filter(None, [*lines, text, marks.rstrip()]), ""])
 
@@ -165,8 +163,7 @@ class SampleCallback(TrainerCallback):
         if args.process_index == 0:
             print(f"\n=== {len(texts)} validation rows {when} training ===")
             for row, text in zip(self.rows, texts, strict=True):
-                print(f"source:    {shorten(row['source'], 400)}")
-                print(f"reference: {shorten(row['reference'])}")
+                print(f"source:    {shorten(row['source'], 400)}\nreference: {shorten(row['reference'])}")
                 print(f"prediction: {shorten(text)}\n", flush=True)
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
@@ -246,15 +243,18 @@ class UnicodeTokenizer:
 
 def split_sentences(text: str) -> str:
     """One sentence a line, as rougeLsum expects; an untrained Punkt model, so that nothing is downloaded."""
+    from nltk.tokenize.punkt import PunktSentenceTokenizer  # here: its 63 MB are for runs that generate
+
     lines = re.sub(r"([。！？])", r"\1 \n", text.strip()).split("\n")
     return "\n".join(s.strip() for line in lines for s in PunktSentenceTokenizer().tokenize(line) if s.strip())
 
 
 def compute_rouge(predictions: list[str], references: list[str], language: str) -> dict[str, float]:
     """ROUGE-1/2/L/Lsum F-measures in percent, by rouge_score: `evaluate.load("rouge")` would need the hub."""
+    from rouge_score.rouge_scorer import RougeScorer
+
     names = ["rouge1", "rouge2", "rougeL", "rougeLsum"]
-    words = {"use_stemmer": True} if language == "en" else {"tokenizer": UnicodeTokenizer()}
-    scorer = RougeScorer(names, **words)
+    scorer = RougeScorer(names, **({"use_stemmer": True} if language == "en" else {"tokenizer": UnicodeTokenizer()}))
     pairs = zip(map(split_sentences, references), map(split_sentences, predictions), strict=True)
     scores = [scorer.score(*pair) for pair in pairs]
     return {name: round(100 * float(np.mean([s[name].fmeasure for s in scores])), 4) for name in names}

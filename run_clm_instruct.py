@@ -44,7 +44,7 @@ import numpy as np
 import torch
 import transformers
 from datasets import load_dataset
-from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, set_seed
+from transformers import HfArgumentParser, Seq2SeqTrainer, Seq2SeqTrainingArguments, set_seed
 from transformers.hf_argparser import HfArg
 
 # The companions beside this script. Without them it trains to the same losses and weights; ABSENT says what is lost.
@@ -163,19 +163,24 @@ class InstructDataArguments:
 INSTRUCT_ARGUMENTS = (CausalModelArguments, InstructDataArguments, Seq2SeqTrainingArguments)
 
 
-def parse_instruct_arguments(argv: list[str]):
-    """Turn the command line into the three argument dataclasses; raises UsageError with everything that is wrong."""
-    parser = transformers.HfArgumentParser(INSTRUCT_ARGUMENTS)
+def parse_arguments(argv: list[str], classes: tuple, find_columns, find_problems, **fixed):
+    """
+    Turn the command line into the argument dataclasses; raises UsageError with everything that is wrong.
+
+    find_columns(columns, args) raises it where a file's columns do not serve; find_problems(args) lists what else is
+    wrong; fixed: values that no flag changes. All checks come before the trainer's arguments are built, because
+    building them already reads the DeepSpeed file and starts the process group.
+    """
+    parser = HfArgumentParser(classes)
     parser.set_defaults(bf16=None)
     args = parser.parse_args(guards.read_arguments(parser, argv) if guards else argv)
-    args.remove_unused_columns = False  # evaluation needs all of them; the collator takes what the model needs
+    vars(args).update(fixed)
     args.use_cpu = args.use_cpu or not torch.accelerator.is_available()
     if args.bf16 is None or args.pure_bf16:  # of pure bf16 there is nothing left to cast
         args.bf16 = choose_bf16(args)
-    # Before the trainer's arguments are built: that reads the DeepSpeed file and starts the process group.
-    problems = find_instruct_problems(args)
+    problems = find_problems(args)
     if guards:
-        guards.check_training(args, find_format, problems)
+        guards.check_training(args, find_columns, problems)
         guards.start_ranks(args)
     elif problems:
         raise UsageError("\n".join(problems))
@@ -220,7 +225,7 @@ def find_instruct_problems(args: argparse.Namespace) -> list[str]:
         if given and not there:
             problems.append(f"{flag}: needs {name}; copy it beside this script")
     formats = list(dict.fromkeys(name for name, _ in KNOWN_FORMATS))
-    return problems + (guards.find_instruct_problems(args, formats, list(PROMPT_TEMPLATES)) if guards else [])
+    return problems + (guards.find_format_problems(args, formats, list(PROMPT_TEMPLATES)) if guards else [])
 
 
 def join_cpu_ranks() -> None:
@@ -243,7 +248,7 @@ class RowError(ValueError):
     """Why a row cannot be trained on; rows are counted by it."""
 
 
-def load_instruct_datasets(data_args, model_args):
+def load_raw_datasets(data_args, model_args):
     """A DatasetDict with `train`, `validation` and `test` as far as they were given, from files or the hub."""
     hub = {"cache_dir": model_args.cache_dir, "token": model_args.token}
     if data_args.dataset_name is not None:
@@ -1002,7 +1007,8 @@ def print_absent(training_args) -> None:
 def main(argv: list[str] | None = None) -> dict:
     """Fine-tune, evaluate and predict as the arguments say; returns the metrics of all_results.json."""
     # Arguments first: ZeRO-3 partitions the model while it is loaded, and knows that from training_args being alive.
-    model_args, data_args, training_args = parse_instruct_arguments(sys.argv[1:] if argv is None else argv)
+    argv, wanted = sys.argv[1:] if argv is None else argv, (INSTRUCT_ARGUMENTS, find_format, find_instruct_problems)
+    model_args, data_args, training_args = parse_arguments(argv, *wanted, remove_unused_columns=False)  # for answers
     last_checkpoint = training_args.resume_from_checkpoint
     if guards:
         guards.set_up_logging(training_args)
@@ -1013,7 +1019,7 @@ def main(argv: list[str] | None = None) -> dict:
     set_seed(training_args.seed)
 
     # Data, tokenizer, prompts and labels; the audit before the model is loaded
-    raw = load_instruct_datasets(data_args, model_args)
+    raw = load_raw_datasets(data_args, model_args)
     data_format, columns = find_format(next(iter(raw.values())).column_names, data_args)
     config, tokenizer, limit = load_tokenizer(model_args, data_args)
     template = set_prompt_template(tokenizer, data_args, data_format) if data_format != "text" else "none"

@@ -167,20 +167,22 @@ class DataTrainingArguments:
 SUMMARIZATION_ARGUMENTS = (ModelArguments, DataTrainingArguments, Seq2SeqTrainingArguments)
 
 
-def parse_arguments(argv: list[str], classes: tuple, find_columns):
+def parse_arguments(argv: list[str], classes: tuple, find_columns, find_problems, **fixed):
     """
     Turn the command line into the argument dataclasses; raises UsageError with everything that is wrong.
 
-    find_columns(columns, args) raises it where a file's columns do not serve. All checks come before the trainer's
-    arguments are built, because building them already reads the DeepSpeed file and starts the process group.
+    find_columns(columns, args) raises it where a file's columns do not serve; find_problems(args) lists what else is
+    wrong; fixed: values that no flag changes. All checks come before the trainer's arguments are built, because
+    building them already reads the DeepSpeed file and starts the process group.
     """
     parser = HfArgumentParser(classes)
     parser.set_defaults(bf16=None)
     args = parser.parse_args(guards.read_arguments(parser, argv) if guards else argv)
+    vars(args).update(fixed)
     args.use_cpu = args.use_cpu or not torch.accelerator.is_available()
     if args.bf16 is None or args.pure_bf16:  # of pure bf16 there is nothing left to cast
         args.bf16 = choose_bf16(args)
-    problems = find_companion_problems(args)
+    problems = find_problems(args)
     if guards:
         guards.check_training(args, find_columns, problems)
         guards.start_ranks(args)
@@ -248,9 +250,9 @@ def load_raw_datasets(data_args, model_args):
     raw = datasets.DatasetDict()
     for split, path in files.items():
         if path is not None:
-            file_type = FILE_TYPES[Path(path).suffix.lower()]
-            # Without this pandas reads the headlines "None" and "NA" as missing.
-            options = {"keep_default_na": False} if file_type == "csv" else {}
+            file_type = FILE_TYPES.get(Path(path).suffix.lower(), "text")
+            # A .txt is one text, not one a line; without keep_default_na pandas reads the answer "None" as missing.
+            options = {"text": {"sample_by": "document"}, "csv": {"keep_default_na": False}}.get(file_type, {})
             try:
                 raw[split] = load_dataset(file_type, data_files={split: path}, split=split, **hub, **options)
             except datasets.exceptions.DatasetGenerationError as error:
@@ -625,8 +627,7 @@ def compute_rouge(predictions: list[str], references: list[str], language: str) 
     from rouge_score.rouge_scorer import RougeScorer
 
     names = ["rouge1", "rouge2", "rougeL", "rougeLsum"]
-    words = {"use_stemmer": True} if language == "en" else {"tokenizer": UnicodeTokenizer()}
-    scorer = RougeScorer(names, **words)
+    scorer = RougeScorer(names, **({"use_stemmer": True} if language == "en" else {"tokenizer": UnicodeTokenizer()}))
     pairs = zip(map(split_sentences, references), map(split_sentences, predictions), strict=True)
     scores = [scorer.score(*pair) for pair in pairs]
     return {name: round(100 * float(np.mean([s[name].fmeasure for s in scores])), 4) for name in names}
@@ -684,8 +685,9 @@ def print_absent(training_args) -> None:
 def main(argv: list[str] | None = None) -> dict:
     """Fine-tune, evaluate and predict as the arguments say; returns the metrics of all_results.json."""
     # Arguments first: ZeRO-3 partitions the model while it is loaded, and knows that from training_args being alive.
+    argv = sys.argv[1:] if argv is None else argv
     model_args, data_args, training_args = parse_arguments(
-        sys.argv[1:] if argv is None else argv, SUMMARIZATION_ARGUMENTS, find_columns
+        argv, SUMMARIZATION_ARGUMENTS, find_columns, find_companion_problems
     )
     last_checkpoint = training_args.resume_from_checkpoint
     if guards:

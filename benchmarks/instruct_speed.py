@@ -70,8 +70,10 @@ def encode(args: argparse.Namespace, folder: str):
     import run_clm_instruct as script
 
     argv = [*make_arguments(args, folder), "--do_eval"]
-    model_args, data_args, training_args = script.parse_instruct_arguments(argv)
-    raw = script.load_instruct_datasets(data_args, model_args)
+    model_args, data_args, training_args = script.parse_arguments(
+        argv, script.INSTRUCT_ARGUMENTS, script.find_format, script.find_instruct_problems, remove_unused_columns=False
+    )
+    raw = script.load_raw_datasets(data_args, model_args)
     data_format, _ = script.find_format(raw["train"].column_names, data_args)
     config, tokenizer, limit = script.load_tokenizer(model_args, data_args)
     script.set_prompt_template(tokenizer, data_args, data_format)

@@ -82,6 +82,6 @@ def test_the_start_up_table_names_what_main_calls_and_ends_after_the_first_step(
     rows = [line.rsplit(maxsplit=3) for line in printed.splitlines() if line.endswith("%") and " s " in line]
     seconds = {name.strip(): float(value) for name, value, _, _ in rows}
     assert {"import torch", "load_model", "prepare_split", "first step", "all"} < set(seconds)
-    assert "find_argument_problems" not in seconds  # called by parse_arguments, and counted there
+    assert "find_companion_problems" not in seconds  # called by parse_arguments, and counted there
     assert -0.05 < seconds["the rest"] < seconds["all"]  # nothing is counted twice
     assert not (tmp_path / "out/model.safetensors").exists()

@@ -13,6 +13,8 @@ import guards
 import run_summarization as script
 from conftest import ROOT, run, run_warm
 
+ARGUMENTS = (script.SUMMARIZATION_ARGUMENTS, script.find_columns, script.find_companion_problems)
+
 
 @pytest.fixture
 def arguments(work, tmp_path):
@@ -24,7 +26,7 @@ def arguments(work, tmp_path):
         sound |= {f"--{name}": value for name, value in changed.items()}
         argv = [str(part) for pair in sound.items() for part in pair] + ["--do_train", *map(str, flags)]
         with pytest.raises(script.UsageError) as caught:
-            script.parse_arguments(argv, script.SUMMARIZATION_ARGUMENTS, script.find_columns)
+            script.parse_arguments(argv, *ARGUMENTS)
         return str(caught.value)
 
     return message
@@ -194,12 +196,12 @@ def test_an_argument_file_works_and_its_unknown_keys_are_named(work, tmp_path):
     values |= {"train_file": str(work / "train.csv"), "num_beams": 3}
     (tmp_path / "args.json").write_text(json.dumps(values))
     model_args, data_args, training_args = script.parse_arguments(
-        [str(tmp_path / "args.json"), "--seed", "5"], script.SUMMARIZATION_ARGUMENTS, script.find_columns
+        [str(tmp_path / "args.json"), "--seed", "5"], *ARGUMENTS
     )
     assert data_args.num_beams == 3 and training_args.seed == 5 and training_args.do_train
     (tmp_path / "args.json").write_text(json.dumps({**values, "colour": "red"}))
     with pytest.raises(script.UsageError, match="no such argument: colour"):
-        script.parse_arguments([str(tmp_path / "args.json")], script.SUMMARIZATION_ARGUMENTS, script.find_columns)
+        script.parse_arguments([str(tmp_path / "args.json")], *ARGUMENTS)
 
 
 def test_deepspeeds_own_spelling_of_its_file_is_understood():
@@ -226,7 +228,7 @@ def test_bf16_is_the_default_where_the_hardware_has_it_and_nothing_else_rules(wo
     argv = [*map(str, [*argv, work / "train.csv"]), "--use_cpu"]
 
     def has_bf16(*flags) -> bool:
-        return script.parse_arguments([*argv, *flags], script.SUMMARIZATION_ARGUMENTS, script.find_columns)[2].bf16
+        return script.parse_arguments([*argv, *flags], *ARGUMENTS)[2].bf16
 
     monkeypatch.setattr(script, "has_fast_bf16", lambda use_cpu: False)
     assert not has_bf16() and has_bf16("--bf16")

@@ -56,7 +56,10 @@ def test_no_function_is_longer_than_60_lines_but_main_which_has_80(path):
         assert length <= (80 if node.name == "main" else 60), f"{node.name} has {length} lines"
 
 
-@pytest.mark.parametrize("first, second", [*itertools.combinations(SCRIPTS, 2), *itertools.combinations(TOOLS, 2)])
+PAIRS = [*itertools.combinations([*SCRIPTS, *COMPANIONS], 2), *itertools.combinations(TOOLS, 2)]
+
+
+@pytest.mark.parametrize("first, second", PAIRS)
 def test_what_two_scripts_share_is_the_same_code(first, second):
     ours, theirs = read_blocks(first), read_blocks(second)
     different = {name for name in (set(ours) & set(theirs)) - OWN if ours[name] != theirs[name]}

@@ -3,6 +3,7 @@
 
 import importlib
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -223,7 +224,10 @@ def dry_run(command: str) -> list[list[str]]:
     """
     installed = [word for name in (".core", ".dev", ".launchers") for word in ("-o", f".venv/{name}")]
     make = ["make", "-n", *installed, "VENV=.venv", "PYTHON=python", *shlex.split(command)[1:]]
-    done = subprocess.run(make, cwd=ROOT, capture_output=True, text=True)
+    # The tests may run under `make test`: a make below it would say which folder it enters, and take its flags.
+    outer = {"MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES"}
+    env = {name: value for name, value in os.environ.items() if name not in outer}
+    done = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.replace("\\\n", " ").replace(".venv/bin/python ", "python ").splitlines()
     return [shlex.split(re.sub(r'^PATH="[^"]*" ', "", line)) for line in lines]

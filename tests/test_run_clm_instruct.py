@@ -289,7 +289,7 @@ def arguments(place, tmp_path):
         pairs = [[f"--{name}", str(value)] for name, value in sound.items() if value is not None]
         argv = [part for pair in pairs for part in pair if part != "True"] + ["--do_train"]
         with pytest.raises(script.UsageError) as caught:
-            script.parse_instruct_arguments(argv)
+            script.parse_arguments(argv, script.INSTRUCT_ARGUMENTS, script.find_format, script.find_instruct_problems)
         return str(caught.value)
 
     return message
