@@ -58,7 +58,7 @@ $(VENV)/.launchers: $(VENV)/.dev requirements-launchers.txt
 # ------------------------------------------------------------------------------------------------ tests and style
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=12
+	$(BIN)/python -m pytest -q -n 2 --durations=12
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -m slow

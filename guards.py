@@ -4,16 +4,15 @@
 # dependencies = ["torch>=2.8", "transformers>=5.17", "datasets", "safetensors"]
 # ///
 """
-Refuses bad input early and all at once, starts ranks, goes on after a kill, ends ranks together.
+Refuses bad input early and all at once, starts ranks, goes on after a kill, keeps MLflow's one run, draws the curves.
 
 Optional beside run_summarization.py, run_clm_instruct.py and run_generation.py: they compute the same without it. In
 the order in which a run meets them: read_arguments, check_training or check_generation, start_ranks, set_up_logging,
-find_checkpoint, run_and_exit.
+find_checkpoint, start_tracking, write_reports, run_and_exit.
 """
 
 import argparse
 import atexit
-import csv
 import importlib.util
 import json
 import logging
@@ -53,12 +52,13 @@ REPLACED_FLAGS = {
     "--train_on_prompt": "use --assistant_only_loss false",
 }
 
-FILE_TYPES = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+# Columns of other kinds of data for chat models: left out, they would change what is learned.
+FOREIGN_COLUMNS = ("chosen", "rejected", "label", "history", "image", "images", "audio", "audios", "video", "videos")
 
 # The least that a number may be; None, where a flag has it, says all of them.
 LEAST = dict.fromkeys(("max_source_length", "max_target_length", "val_max_target_length", "num_beams"), 1)
 LEAST |= dict.fromkeys(("max_train_samples", "max_eval_samples", "max_predict_samples", "max_new_tokens"), 1)
-LEAST |= {"preprocessing_num_workers": 1, "max_seq_length": 8, "lora_r": 0}
+LEAST |= {"preprocessing_num_workers": 1, "max_seq_length": 8}
 
 # T5's activations leave fp16's range: the loss turns NaN (https://github.com/huggingface/transformers/issues/4586).
 FP16_OVERFLOWS = ("t5", "mt5", "umt5", "longt5", "switch_transformers", "pix2struct", "udop")
@@ -127,12 +127,12 @@ def take_defaults_from_json(parser: argparse.ArgumentParser, path: str) -> None:
 # ------------------------------------------------------------------------------------------------ checks
 
 
-def check_training(args: argparse.Namespace, find_columns, problems=()) -> None:
+def check_training(args: argparse.Namespace, problems=()) -> None:
     """
     Raise everything wrong with a training script's arguments as one UsageError; nothing is downloaded or loaded.
 
-    find_columns(columns, args) raises UsageError where a file's columns do not serve; problems: what the script found
-    itself. The trainer's arguments are not built before this: that would start the process group.
+    problems: what the script found itself. The trainer's arguments are not built before this: that would start the
+    process group.
     """
     problems, audit_only = list(problems), getattr(args, "audit_only", False)
     if not (args.do_train or args.do_eval or args.do_predict or audit_only):
@@ -145,9 +145,6 @@ def check_training(args: argparse.Namespace, find_columns, problems=()) -> None:
     for task, split in splits.items():
         if getattr(args, task, False) and args.dataset_name is None and getattr(args, f"{split}_file") is None:
             problems.append(f"--{task} needs --{split}_file or --dataset_name")
-    for flag in ("train_file", "validation_file", "test_file"):
-        if getattr(args, flag) is not None:
-            problems += find_file_problems(f"--{flag} {getattr(args, flag)}", getattr(args, flag), args, find_columns)
     for flag, least in LEAST.items():
         value = getattr(args, flag, None)
         if value is not None and value < least:
@@ -159,108 +156,6 @@ def check_training(args: argparse.Namespace, find_columns, problems=()) -> None:
         problems += find_output_problems(args)
     if problems:
         raise UsageError("\n".join(problems))
-
-
-def find_file_problems(named: str, path: str, args: argparse.Namespace, find_columns) -> list[str]:
-    """What is wrong with one data file, as `named[:line]: what, and the way out`; reads it once, line by line."""
-    try:
-        columns, num_rows = scan_table(path)
-        if num_rows == 0:
-            raise UsageError(f"{path}: the file holds no rows")
-        find_columns(columns, args)
-    except UsageError as error:
-        return [named + str(error).removeprefix(path) if str(error).startswith(path) else f"{named}: {error}"]
-    return []
-
-
-def scan_table(path: str) -> tuple[list[str], int]:
-    """Column names and number of rows of a file, read once, line by line. Raises UsageError with the line at fault."""
-    ending = Path(path).suffix.lower()
-    if not os.path.isfile(path):
-        raise UsageError(f"{path}: there is no such file")
-    if ending not in FILE_TYPES and ending != ".txt":
-        raise UsageError(f"{path}: unknown ending; known are {', '.join(FILE_TYPES)}")
-    if os.path.getsize(path) == 0:
-        raise UsageError(f"{path}: the file is empty")
-    if ending == ".txt":
-        return ["text"], sum(bool(line.strip()) for _, line in decode_lines(path))
-    return {"csv": scan_csv, "json": scan_json, "parquet": scan_parquet}[FILE_TYPES[ending]](path)
-
-
-def decode_lines(path: str):
-    """Yield (line number from 1, text) of a UTF-8 file; raises UsageError at the first line that is not UTF-8."""
-    with open(path, "rb") as stream:
-        for number, line in enumerate(stream, 1):
-            try:
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise UsageError(
-                    f"{path}:{number}: not UTF-8 (byte {line[error.start]:#04x}); convert it, "
-                    f"e.g. `iconv -f latin1 -t utf-8 {path}`"
-                ) from None
-
-
-def scan_csv(path: str) -> tuple[list[str], int]:
-    """Column names and number of rows of a CSV file; raises UsageError where a row has more fields than columns."""
-    csv.field_size_limit(sys.maxsize)
-    reader = csv.reader(line for _, line in decode_lines(path))
-    columns = next(reader, [])
-    rows = 0
-    for row in reader:
-        rows += bool(row)
-        if len(row) > len(columns):
-            raise UsageError(
-                f"{path}:{reader.line_num}: {len(row)} fields where the header has {len(columns)}; "
-                "put quotes around a field that holds a comma"
-            )
-    return columns, rows
-
-
-def scan_json(path: str) -> tuple[list[str], int]:
-    """Column names and number of rows of a JSONL file or a JSON array of objects; raises UsageError if malformed."""
-    columns, rows, lines = {}, 0, []
-    is_array = None
-    for number, line in decode_lines(path):
-        if is_array is None and line.strip():
-            is_array = line.lstrip().startswith("[")
-        if is_array:
-            lines.append(line)
-        elif line.strip():
-            columns.update(dict.fromkeys(parse_json_object(line, f"{path}:{number}")))
-            rows += 1
-    if is_array:
-        try:
-            array = json.loads("".join(lines))
-        except ValueError as error:
-            raise UsageError(f"{path}: not a JSON array: {error}") from None
-        for i, row in enumerate(array):
-            if not isinstance(row, dict):
-                raise UsageError(f"{path}: element {i} of the array is not an object")
-            columns.update(dict.fromkeys(row))
-        rows = len(array)
-    return list(columns), rows
-
-
-def parse_json_object(line: str, where: str) -> dict:
-    """One line of JSONL; raises UsageError that names `where` if it is no JSON object."""
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise UsageError(f"{where}: malformed JSON ({error}); each line must be one object") from None
-    if not isinstance(row, dict):
-        raise UsageError(f"{where}: not a JSON object but a {type(row).__name__}; each line must be one object")
-    return row
-
-
-def scan_parquet(path: str) -> tuple[list[str], int]:
-    """Column names and number of rows of a Parquet file; raises UsageError if it is none."""
-    import pyarrow.parquet
-
-    try:
-        metadata = pyarrow.parquet.read_metadata(path)
-    except Exception as error:  # pyarrow raises several kinds
-        raise UsageError(f"{path}: cannot be read as Parquet: {error}") from None
-    return metadata.schema.to_arrow_schema().names, metadata.num_rows
 
 
 def read_model_config(flag: str, name: str) -> dict | None:
@@ -301,13 +196,12 @@ def find_model_problems(args: argparse.Namespace) -> list[str]:
     return problems
 
 
-def find_format_problems(args: argparse.Namespace, formats: list[str], templates: list[str]) -> list[str]:
-    """What is wrong with the flags of run_clm_instruct.py. formats, templates: the names that it knows."""
-    lora, share, template = args.lora_r, args.validation_split_percentage, args.prompt_template
+def find_format_problems(args: argparse.Namespace, known_formats: tuple, templates: dict) -> list[str]:
+    """What is wrong with the flags of run_clm_instruct.py. known_formats: (name, columns) each; templates: by name."""
+    formats = list(dict.fromkeys(name for name, _ in known_formats))
+    share, template = args.validation_split_percentage, args.prompt_template
     is_text = args.text_column is not None or args.data_format == "text" or str(args.train_file).endswith(".txt")
     checks = {
-        "--merge_lora: there is nothing to merge without --lora_r": args.merge_lora and not lora,
-        f"--lora_r {lora}: needs peft: pip install peft": lora and not importlib.util.find_spec("peft"),
         "--use_liger_kernel: needs a GPU and liger-kernel: pip install liger-kernel": args.use_liger_kernel
         and not importlib.util.find_spec("liger_kernel"),
         "--packing: not for plain text, it is cut into full rows anyway; leave it out": args.packing and is_text,
@@ -328,6 +222,42 @@ def find_format_problems(args: argparse.Namespace, formats: list[str], templates
         except (jinja2.TemplateError, UnicodeDecodeError) as error:
             problems.append(f"--prompt_template {template}: not a Jinja template: {error}")
     return problems
+
+
+def check_format(columns: list[str], args, known: list, found: tuple | None) -> None:
+    """Raise UsageError where a file has none of the known formats, or columns of another kind of data besides."""
+    there, foreign = f"it has {', '.join(columns)}", [name for name in columns if name in FOREIGN_COLUMNS]
+    foreign = [name for name in foreign if name not in (getattr(args, "drop_keys", None) or ())]
+    if found is None and args.text_column is not None:
+        raise UsageError(f"has no column {args.text_column!r} (--text_column); {there}")
+    if found is None:
+        wanted = "; or ".join(f"{', '.join(needed)} ({name})" for name, needed in known)
+        hint = "; data_prep/prepare_instruct.py makes messages of conversations" * ("conversations" in columns)
+        raise UsageError(
+            f"needs the columns {wanted}; {there}. Rename them, or name plain text by --text_column{hint}"
+        )
+    if foreign and found[0] != "text":
+        what = "of preferences, pictures or earlier turns, from which this script does not learn"
+        raise UsageError(f"has columns {what}: {', '.join(foreign)}; --drop_keys {' '.join(foreign)} goes without")
+
+
+def check_split(raw, split: str, columns: tuple, data_args) -> None:
+    """Raise UsageError where a data set lacks a split that is asked for, or a split the training data's columns."""
+    if split not in raw:
+        raise UsageError(f"--dataset_name {data_args.dataset_name}: has no split {split!r}; it has {', '.join(raw)}")
+    if lost := [name for name in columns if name not in raw[split].column_names]:
+        there = ", ".join(raw[split].column_names)
+        raise UsageError(f"{split}: has no column {lost[0]!r}, which the training data has; it has {there}")
+
+
+def check_causal_tokenizer(tokenizer, limit: int, positions: int, model_args) -> None:
+    """Raise UsageError where a tokenizer cannot end an answer or place its tokens, or the limit is too high."""
+    if limit > positions:
+        raise UsageError(f"--max_seq_length {limit}: the model has {positions} positions")
+    flag = "model_name_or_path" if model_args.tokenizer_name is None else "tokenizer_name"
+    lacking = "EOS token to stop with" if tokenizer.eos_token is None else "fast tokenizer (tokenizer.json)"
+    if tokenizer.eos_token is None or not tokenizer.is_fast:
+        raise UsageError(f"--{flag} {getattr(model_args, flag)}: has no {lacking}")
 
 
 def explain_load_error(name: str, error: Exception) -> str:
@@ -528,6 +458,96 @@ def is_whole(path: Path) -> bool:
         return False
 
 
+# ------------------------------------------------------------------------------------------------ tracking
+
+
+def start_tracking(trainer, *arguments) -> None:
+    """
+    With --report_to mlflow, begin the one run of training, evaluation and prediction; on the first rank only.
+
+    arguments: the script's dataclasses, logged but for the token. The trainer's callback ends the run it starts itself
+    when training ends, and what is evaluated later would begin a second one (transformers 5.23). A run it finds it
+    goes on with and leaves open, for write_reports.
+    """
+    args = trainer.args
+    if "mlflow" not in args.report_to or not trainer.is_world_process_zero():
+        return
+    import mlflow
+
+    if not mlflow.is_tracking_uri_set():
+        mlflow.set_tracking_uri("sqlite:///mlflow.db")
+    run = mlflow.active_run() or mlflow.start_run(run_name=args.run_name)
+    atexit.register(mlflow.end_run, "FAILED")  # of a run that write_reports has ended it does nothing
+    # The callback logs the trainer's flags and the model's configuration, which may have a name of ours. Asynchronous
+    # as there: a run that is gone on with (MLFLOW_RUN_ID) keeps its first values, and no error is raised.
+    given = {k: v for part in arguments for k, v in vars(part).items() if k != "token"}
+    given = {f"flag.{k}" if hasattr(trainer.model.config, k) else k: v for k, v in given.items()}
+    mlflow.log_params(given, synchronous=False)
+    if isinstance(args.deepspeed, str):
+        mlflow.log_artifact(args.deepspeed)
+    print(f"MLflow run {run.info.run_name} ({run.info.run_id}) in {mlflow.get_tracking_uri()}", flush=True)
+
+
+def end_tracking(folder: Path) -> None:
+    """End the MLflow run with the results' files in it, the generated texts as a table too."""
+    import mlflow
+
+    for name in ("all_results.json", "training_curves.png", "generated_predictions.jsonl"):
+        if (folder / name).is_file():
+            mlflow.log_artifact(folder / name)
+    if (folder / "generated_predictions.jsonl").is_file():
+        lines = (folder / "generated_predictions.jsonl").read_text(encoding="utf-8").splitlines()
+        rows = [json.loads(line) for line in lines]
+        mlflow.log_table({name: [row[name] for row in rows] for name in rows[0]}, "generated_predictions.json")
+    mlflow.flush_async_logging()
+    mlflow.end_run()
+
+
+def write_reports(trainer, task: str, model_args, data_args) -> None:
+    """Curves, model card, and the end of MLflow's run; on the first rank only."""
+    if not trainer.is_world_process_zero():
+        return
+    folder = Path(trainer.args.output_dir)
+    if trainer.state.log_history:
+        draw_curves(trainer.state.log_history, folder / "training_curves.png")
+    if trainer.args.do_train:
+        card = {"finetuned_from": model_args.model_name_or_path, "tasks": task}
+        if data_args.dataset_name is not None:
+            card |= {"dataset_tags": data_args.dataset_name, "dataset": data_args.dataset_name}
+        trainer.create_model_card(**card)
+    if "mlflow" in trainer.args.report_to:
+        end_tracking(folder)
+
+
+def draw_curves(history: list[dict], path: Path) -> None:
+    """Loss, ROUGE, learning rate and gradient norm over the steps, from the trainer's log history, as a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    panels = {
+        "loss": ("loss", "eval_loss"),
+        "ROUGE (validation)": ("eval_rouge1", "eval_rouge2", "eval_rougeL"),
+        "token accuracy (validation)": ("eval_token_accuracy",),
+        "learning rate": ("learning_rate",),
+        "gradient norm": ("grad_norm",),
+    }
+    panels = {title: names for title, names in panels.items() if any(n in entry for entry in history for n in names)}
+    figure = Figure(figsize=(5 * max(len(panels), 1), 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, max(len(panels), 1), squeeze=False)[0]
+    for axis, (title, names) in zip(axes, panels.items(), strict=False):
+        for name in names:
+            points = [(entry["step"], entry[name]) for entry in history if name in entry]
+            if points:
+                marker = "o" if len(points) < 30 else None
+                axis.plot(*zip(*points, strict=True), marker=marker, markersize=3, label=name)
+        axis.set_title(title)
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.savefig(path, dpi=120)
+
+
 # ------------------------------------------------------------------------------------------------ exit
 
 
@@ -564,14 +584,13 @@ LEAST_DECODING = {"temperature": 1e-6, "num_beams": 1, "max_new_tokens": 1, "rep
 LEAST_DECODING |= {"top_k": 0, "min_new_tokens": 0}
 
 
-def check_generation(args: argparse.Namespace, decoding: dict, find_text_column) -> None:
+def check_generation(args: argparse.Namespace, decoding: dict, problems=()) -> None:
     """
     Raise everything wrong with run_generation.py's arguments as one UsageError; nothing is downloaded or loaded.
 
-    decoding: the flags of GenerationConfig that were given. find_text_column(columns, args) raises UsageError where
-    the table's columns do not serve.
+    decoding: the flags of GenerationConfig that were given; problems: what the script found itself.
     """
-    problems = []
+    problems = list(problems)
     if (args.input_file is None) == (args.dataset_name is None):
         problems.append("give either --input_file or --dataset_name")
     if args.output_file is None and not args.measure_latency:
@@ -580,9 +599,6 @@ def check_generation(args: argparse.Namespace, decoding: dict, find_text_column)
         problems.append(f"--output_file {args.output_file}: unknown ending; known are .csv, .jsonl, .parquet")
     if args.output_file is not None and Path(args.output_file).exists():
         problems.append(f"--output_file {args.output_file}: exists and is kept; remove it first, or name another")
-    if args.input_file is not None:
-        named = f"--input_file {args.input_file}"
-        problems += find_file_problems(named, args.input_file, args, find_text_column)
     for flag in ("max_source_length", "max_samples", "max_tokens_per_batch", "min_group_size"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             problems.append(f"--{flag} {getattr(args, flag)}: must be 1 or more")

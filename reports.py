@@ -4,23 +4,22 @@
 # dependencies = ["torch>=2.8", "transformers>=5.17", "matplotlib", "rouge-score", "nltk"]
 # ///
 """
-What a run tells: an audit of the labels, the decisions taken, answers and scores, curves, a model card, MLflow's run.
+What a run tells: an audit of the labels, the decisions taken, samples, answers and their scores.
 
 Optional beside run_summarization.py and run_clm_instruct.py: they train the same without it. In the order in which a
-run meets them: audit, start_tracking, describe_run, SampleCallback, generate_answers, score_answers, write_reports.
+run meets them: audit, choose_generation, show_answers, describe_run, score_answers, write_answers.
 """
 
-import atexit
 import itertools
 import json
 import re
-from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm.auto import tqdm
-from transformers import TrainerCallback
+from transformers import GenerationConfig, TrainerCallback
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 try:
@@ -28,12 +27,14 @@ try:
 except ModuleNotFoundError:
     UsageError = ValueError
 
-# Where the audit stops a run: shares of the rows, of the answers, and of the validation rows.
-MAX_LEFT_OUT, MAX_UNSTOPPED, MAX_OVERLAP = 0.05, 0.10, 0.01
+# Where the audit stops a run: shares of the rows, of those that are too long, of the answers, of the validation rows.
+MAX_LEFT_OUT, MAX_TOO_LONG, MAX_UNSTOPPED, MAX_OVERLAP = 0.05, 0.50, 0.10, 0.20
+TOO_LONG = "longer than --max_seq_length"
+SHOWN_SAMPLES = 5
 
 # What a row counts of itself, summed in the audit's table.
-COUNTED = ("cut_exchanges", "cut_context", "cut_answer", "tokens", "supervised_tokens", "answers_cut_off_whole")
-COUNTED += ("answers_unsupervised", "answers", "answers_with_stop", "rows_with_special_tokens_in_text")
+COUNTED = ("cut_exchanges", "tokens", "supervised_tokens", "answers", "answers_with_stop", "answers_unsupervised")
+COUNTED += ("special_tokens_in_text",)
 
 # ------------------------------------------------------------------------------------------------ the audit
 
@@ -51,7 +52,8 @@ def audit(splits: dict, tokenizer, writes_bos: bool, skip: bool = False, only: b
     counts = {split: count_split(encoded, expects_bos) for split, encoded in splits.items()}
     trained = set(splits["train"]["prompt_hash"][:]) if "train" in splits else set()
     for split in set(splits) - {"train"}:
-        counts[split]["overlap"] = sum(h in trained for h in splits[split]["prompt_hash"][:] if h)
+        seen = [h and h in trained for h in splits[split]["prompt_hash"][:]]
+        counts[split]["overlap"] = list(itertools.compress(splits[split]["row"][:], seen))
     problems, unusable = find_audit_problems(counts), any(c["used"] == 0 for c in counts.values())
     if rank == 0:
         first = next(iter(splits.values()))
@@ -64,8 +66,11 @@ def audit(splits: dict, tokenizer, writes_bos: bool, skip: bool = False, only: b
 
 
 def count_split(encoded, expects_bos: bool) -> dict:
-    """What the audit says of one split; tokens and rows as numbers, `reasons` as a Counter."""
-    usable = encoded.select([i for i, problem in enumerate(encoded["problem"][:]) if not problem])
+    """What the audit says of one split: tokens and rows as numbers, `reasons` as {why left out: the rows' numbers}."""
+    usable, reasons = encoded.select([i for i, problem in enumerate(encoded["problem"][:]) if not problem]), {}
+    for row, problem in zip(encoded["row"][:], encoded["problem"][:], strict=True):
+        reasons.setdefault(problem, []).append(row)
+    reasons.pop("", None)
     leading = usable["leading_bos"][:]
     return {
         "rows": len(encoded),
@@ -75,7 +80,7 @@ def count_split(encoded, expects_bos: bool) -> dict:
         "rows_without_bos": leading.count(0) if expects_bos else 0,
         "rows_with_two_bos": sum(count > 1 for count in leading),
         "duplicates": len(usable) - len(set(usable["row_hash"][:])),
-        "reasons": Counter(filter(None, encoded["problem"][:])),
+        "reasons": dict(sorted(reasons.items(), key=lambda item: -len(item[1]))),
     }
 
 
@@ -83,35 +88,51 @@ def find_audit_problems(counts: dict[str, dict]) -> list[str]:
     """Which limits the splits break, with the way out."""
     problems = []
     for split, c in counts.items():
-        reasons, unstopped = describe_reasons(c["reasons"]), c["answers"] - c["answers_with_stop"]
+        reasons, unstopped = "; ".join(describe_reasons(c["reasons"])[:5]), c["answers"] - c["answers_with_stop"]
+        too_long, overlap = len(c["reasons"].get(TOO_LONG, ())), c.get("overlap", ())
         found = [f"none of the {c['rows']} rows can be used: {reasons}"] if c["used"] == 0 else []
-        if c["left_out"] > MAX_LEFT_OUT * c["rows"]:
+        if c["left_out"] - too_long > MAX_LEFT_OUT * c["rows"]:
             found.append(f"{c['left_out']} of {c['rows']} rows are left out: {reasons}; mend or remove them")
+        if too_long > MAX_TOO_LONG * c["rows"]:
+            found.append(f"{too_long} of {c['rows']} rows are {TOO_LONG}; raise it, or shorten them")
         for name in ("rows_without_bos", "rows_with_two_bos"):
             if c[name]:
                 found.append(f"{c[name]} {name.replace('_', ' ')}: --prompt_template writes a wrong BOS")
         if unstopped > MAX_UNSTOPPED * c["answers"]:
             why = "so the model would not learn to stop: raise --max_seq_length, or mend --prompt_template"
             found.append(f"{unstopped} of {c['answers']} answers have no stop token, {why}")
-        if c.get("overlap", 0) > MAX_OVERLAP * max(c["used"], 1):
-            found.append(f"{c['overlap']} of {c['used']} prompts are in the training data; remove them")
+        if len(overlap) > MAX_OVERLAP * max(c["used"], 1):
+            found.append(f"{len(overlap)} of {c['used']} prompts are in the training data; remove them")
         problems += [f"{split}: {problem}" for problem in found]
     return problems
 
 
-def describe_reasons(reasons: Counter) -> str:
-    return ", ".join(f"{count} x {reason}" for reason, count in reasons.most_common(5))
+def describe_reasons(reasons: dict) -> list[str]:
+    """`count x why (rows ...)`, with the first rows' numbers, from 0."""
+    return [f"{len(rows)} x {why} (rows {name_rows(rows)})" for why, rows in reasons.items()]
+
+
+def name_rows(rows: list[int]) -> str:
+    return ", ".join(map(str, rows[:5])) + " ..." * (len(rows) > 5)
 
 
 def format_audit(counts: dict[str, dict]) -> str:
-    """The audit as a table with a column for each split, and the reasons of rows left out below."""
-    names = dict.fromkeys(name for c in counts.values() for name in c if name != "reasons")
-    titles = {"overlap": "prompts also in train", "rows": "rows read"}
+    """The audit as a table with a column for each split, and below it the rows left out and those seen in training."""
+    names = dict.fromkeys(name for c in counts.values() for name in c if name not in ("reasons", "overlap"))
+    titles = {"rows": "rows read", "special_tokens_in_text": "rows with special tokens in text"}
     table = {titles.get(name, name.replace("_", " ")): [c.get(name, "-") for c in counts.values()] for name in names}
     shares = [f"{c['answers_with_stop'] / c['answers']:.1%}" if c["answers"] else "-" for c in counts.values()]
-    table = {"audit": list(counts)} | table | {"  share of answers": shares}
-    lines = [f"{title:<34}" + "".join(f"{cell:>14}" for cell in cells) for title, cells in table.items()]
-    lines += [f"{split}: left out {describe_reasons(c['reasons'])}" for split, c in counts.items() if c["reasons"]]
+    table |= {
+        "  share of answers": shares,
+        "prompts also in train": [len(c.get("overlap", ())) for c in counts.values()],
+    }
+    lines = [
+        f"{title:<34}" + "".join(f"{c:>14}" for c in cells) for title, cells in ({"audit": [*counts]} | table).items()
+    ]
+    for split, c in counts.items():
+        lines += [f"{split}: left out {reason}" for reason in describe_reasons(c["reasons"])]
+        if overlap := c.get("overlap"):
+            lines.append(f"{split}: {len(overlap)} prompts are in the training data too (rows {name_rows(overlap)})")
     return "\n".join(["", *lines, ""])
 
 
@@ -215,10 +236,33 @@ def generate_answers(model, args, rows, tokenizer, config) -> list[tuple[str, bo
     return [answers[i] for i in range(len(prompts))]
 
 
-def write_answers(model, args, rows, tokenizer, config) -> list[str]:
-    """generate_answers for SampleCallback."""
-    answers = generate_answers(model, args, rows, tokenizer, config)
-    return [f"{text} [{'ended' if stopped else 'did not end'}]" for text, stopped, _ in answers]
+def choose_generation(model, tokenizer, data_args, training_args):
+    """generate_answers(model, args, rows) with the flags' length and beams, and the model's stop tokens as a list."""
+    config = GenerationConfig(
+        max_new_tokens=data_args.max_new_tokens,
+        num_beams=training_args.generation_num_beams or data_args.num_beams,
+        eos_token_id=[*np.atleast_1d(model.generation_config.eos_token_id).tolist()],
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return partial(generate_answers, tokenizer=tokenizer, config=config)
+
+
+def show_answers(generate, rows) -> SampleCallback:
+    """The first rows' answers before and after training. generate: from choose_generation."""
+    shown = rows.select(range(min(SHOWN_SAMPLES, len(rows))))
+
+    def write(model, args) -> list[str]:
+        answers = generate(model, args, rows=shown)
+        return [f"{text} [{'ended' if stopped else 'did not end'}]" for text, stopped, _ in answers]
+
+    return SampleCallback(shown, write)
+
+
+def write_answers(folder: str, rows, answers: list[tuple]) -> None:
+    """generated_predictions.jsonl: `row` (its number in the file, from 0), `source`, `reference` and `prediction`."""
+    with open(Path(folder) / "generated_predictions.jsonl", "w", encoding="utf-8") as stream:
+        for row, (text, *_) in zip(rows.select_columns(["row", "source", "reference"]), answers, strict=True):
+            stream.write(json.dumps(row | {"prediction": text}, ensure_ascii=False) + "\n")
 
 
 def score_answers(answers: list[tuple], references: list[str], language: str) -> dict[str, float]:
@@ -258,93 +302,3 @@ def compute_rouge(predictions: list[str], references: list[str], language: str) 
     pairs = zip(map(split_sentences, references), map(split_sentences, predictions), strict=True)
     scores = [scorer.score(*pair) for pair in pairs]
     return {name: round(100 * float(np.mean([s[name].fmeasure for s in scores])), 4) for name in names}
-
-
-# ------------------------------------------------------------------------------------------------ tracking
-
-
-def start_tracking(trainer, *arguments) -> None:
-    """
-    With --report_to mlflow, begin the one run of training, evaluation and prediction; on the first rank only.
-
-    arguments: the script's dataclasses, logged but for the token. The trainer's callback ends the run it starts itself
-    when training ends, and what is evaluated later would begin a second one (transformers 5.23). A run it finds it
-    goes on with and leaves open, for write_reports.
-    """
-    args = trainer.args
-    if "mlflow" not in args.report_to or not trainer.is_world_process_zero():
-        return
-    import mlflow
-
-    if not mlflow.is_tracking_uri_set():
-        mlflow.set_tracking_uri("sqlite:///mlflow.db")
-    run = mlflow.active_run() or mlflow.start_run(run_name=args.run_name)
-    atexit.register(mlflow.end_run, "FAILED")  # of a run that write_reports has ended it does nothing
-    # The callback logs the trainer's flags and the model's configuration, which may have a name of ours. Asynchronous
-    # as there: a run that is gone on with (MLFLOW_RUN_ID) keeps its first values, and no error is raised.
-    given = {k: v for part in arguments for k, v in vars(part).items() if k != "token"}
-    given = {f"flag.{k}" if hasattr(trainer.model.config, k) else k: v for k, v in given.items()}
-    mlflow.log_params(given, synchronous=False)
-    if isinstance(args.deepspeed, str):
-        mlflow.log_artifact(args.deepspeed)
-    print(f"MLflow run {run.info.run_name} ({run.info.run_id}) in {mlflow.get_tracking_uri()}", flush=True)
-
-
-def end_tracking(folder: Path) -> None:
-    """End the MLflow run with the results' files in it, the generated texts as a table too."""
-    import mlflow
-
-    for name in ("all_results.json", "training_curves.png", "generated_predictions.jsonl"):
-        if (folder / name).is_file():
-            mlflow.log_artifact(folder / name)
-    if (folder / "generated_predictions.jsonl").is_file():
-        lines = (folder / "generated_predictions.jsonl").read_text(encoding="utf-8").splitlines()
-        rows = [json.loads(line) for line in lines]
-        mlflow.log_table({name: [row[name] for row in rows] for name in rows[0]}, "generated_predictions.json")
-    mlflow.flush_async_logging()
-    mlflow.end_run()
-
-
-def write_reports(trainer, task: str, model_args, data_args) -> None:
-    """Curves, model card, and the end of MLflow's run; on the first rank only."""
-    if not trainer.is_world_process_zero():
-        return
-    folder = Path(trainer.args.output_dir)
-    if trainer.state.log_history:
-        draw_curves(trainer.state.log_history, folder / "training_curves.png")
-    if trainer.args.do_train:
-        card = {"finetuned_from": model_args.model_name_or_path, "tasks": task}
-        if data_args.dataset_name is not None:
-            card |= {"dataset_tags": data_args.dataset_name, "dataset": data_args.dataset_name}
-        trainer.create_model_card(**card)
-    if "mlflow" in trainer.args.report_to:
-        end_tracking(folder)
-
-
-def draw_curves(history: list[dict], path: Path) -> None:
-    """Loss, ROUGE, learning rate and gradient norm over the steps, from the trainer's log history, as a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    panels = {
-        "loss": ("loss", "eval_loss"),
-        "ROUGE (validation)": ("eval_rouge1", "eval_rouge2", "eval_rougeL"),
-        "token accuracy (validation)": ("eval_token_accuracy",),
-        "learning rate": ("learning_rate",),
-        "gradient norm": ("grad_norm",),
-    }
-    panels = {title: names for title, names in panels.items() if any(n in entry for entry in history for n in names)}
-    figure = Figure(figsize=(5 * max(len(panels), 1), 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(1, max(len(panels), 1), squeeze=False)[0]
-    for axis, (title, names) in zip(axes, panels.items(), strict=False):
-        for name in names:
-            points = [(entry["step"], entry[name]) for entry in history if name in entry]
-            if points:
-                marker = "o" if len(points) < 30 else None
-                axis.plot(*zip(*points, strict=True), marker=marker, markersize=3, label=name)
-        axis.set_title(title)
-        axis.set_xlabel("step")
-        axis.grid(alpha=0.3)
-        axis.legend()
-    figure.savefig(path, dpi=120)

@@ -17,24 +17,18 @@ One GPU, LoRA:
 
 Several GPUs, every parameter:
     deepspeed run_clm_instruct.py --deepspeed ds_configs/zero3_offload_adamw.json --model_name_or_path ... --bf16
-
-A smoke run on the CPU, under a minute (where there is no accelerator the script says so itself):
-    python run_clm_instruct.py --model_name_or_path tiny-llama --do_train --do_eval --train_file train.jsonl \
-        --output_dir out --max_seq_length 256 --max_steps 20 --max_eval_samples 20 --predict_with_generate
 """
 
 import argparse
 import hashlib
 import itertools
 import json
-import math
 import os
 import re
-import subprocess
 import sys
 from collections import namedtuple
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -43,59 +37,51 @@ import jinja2
 import numpy as np
 import torch
 import transformers
-from datasets import load_dataset
 from transformers import HfArgumentParser, Seq2SeqTrainer, Seq2SeqTrainingArguments, set_seed
 from transformers.hf_argparser import HfArg
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 # The companions beside this script. Without them it trains to the same losses and weights; ABSENT says what is lost.
-try:
+guards = tables = chat_turns = reports = fast_batches = zero_adafactor = lora = None
+with suppress(ModuleNotFoundError):
     import guards
-    from guards import UsageError
-except ModuleNotFoundError:
-    guards, UsageError = None, ValueError
-try:
+with suppress(ModuleNotFoundError):
+    import tables
+with suppress(ModuleNotFoundError):
+    import chat_turns
+with suppress(ModuleNotFoundError):
     import reports
-except ModuleNotFoundError:
-    reports = None
-try:
+with suppress(ModuleNotFoundError):
     import fast_batches
-except ModuleNotFoundError:
-    fast_batches = None
-try:
+with suppress(ModuleNotFoundError):
     import zero_adafactor
-except ModuleNotFoundError:
-    zero_adafactor = None
+with suppress(ModuleNotFoundError):
+    import lora
+UsageError = guards.UsageError if guards else ValueError
+RowError = chat_turns.RowError if chat_turns else ValueError  # why a row is left out; rows are counted by it
 
 ABSENT = {
-    "guards.py": "bad input ends late, in a traceback; a killed run goes on only with --resume_from_checkpoint",
-    "reports.py": "no samples, curves, model card or audit of labels, and two runs in MLflow",
+    "guards.py": "bad input ends late, in a traceback; a killed run goes on only with --resume_from_checkpoint; no "
+    "curves or model card, and two runs in MLflow",
+    "tables.py": "data as .csv, .json, .jsonl, .parquet or .txt only, and columns are not checked to be text",
+    "reports.py": "no audit of labels, no samples, no list of decisions",
     "fast_batches.py": "batches are padded and all logits made: the same losses, about twice the time, more memory",
     "zero_adafactor.py": "under ZeRO --optim adafactor is the library's, which does not factor there: 4 bytes of "
     "state a parameter, and updates that depend on the number of ranks",
 }
+ABSENT |= {"chat_turns.py": "rows with tools, tool calls, reasoning or weights are left out"}
 
 FILE_TYPES = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 # Formats by their columns, tried in this order: (question[, context], answer), or one column of turns or of text.
 KNOWN_FORMATS = (
-    ("dolly", ("instruction", "context", "response")),
-    ("alpaca", ("instruction", "input", "output")),
-    ("chat", ("messages",)),
-    ("sharegpt", ("conversations",)),
-    ("prompt", ("prompt", "completion")),
-    ("prompt", ("prompt", "response")),
-    ("prompt", ("question", "answer")),
-    ("dolly", ("instruction", "response")),
-    ("alpaca", ("instruction", "output")),
-    ("text", ("text",)),
+    *(("dolly", ("instruction", "context", "response")), ("alpaca", ("instruction", "input", "output"))),
+    *(("chat", ("messages",)), ("prompt", ("prompt", "completion")), ("prompt", ("prompt", "response"))),
+    *(("prompt", ("question", "answer")), ("prompt", ("question", "response"))),
+    *(("dolly", ("instruction", "response")), ("alpaca", ("instruction", "output")), ("text", ("text",))),
 )
-
-# What data sets call the roles, and the role that chat templates know.
-ROLES = {role: role for role in ("system", "user", "assistant", "tool")}
-ROLES |= {"human": "user"} | dict.fromkeys(("gpt", "chatgpt", "bot", "model"), "assistant")
-
-DEFAULT_MAX_SEQ_LENGTH, SHOWN_SAMPLES = 1024, 5
-MERGE_TOOL = Path(__file__).parent / "tools/merge_lora.py"
+CHAT_COLUMNS = ("tools", "system", "system_prompt")  # which belong to a row's chat, whatever its format
+DEFAULT_MAX_SEQ_LENGTH = 1024
 
 # ------------------------------------------------------------------------------------------------ arguments
 
@@ -113,9 +99,7 @@ class CausalModelArguments:
     trust_remote_code: bool = HfArg(default=False, help="Run a hub model's own code. Only for code you have read.")
     attn_implementation: str | None = HfArg(default=None, help="sdpa, eager, flash_attention_2, flex_attention.")
     pure_bf16: bool = HfArg(
-        default=False,
-        help="Weights, gradients and arithmetic in bf16, rounded stochastically: 4 bytes a parameter in all. With "
-        "--optim adafactor, without --deepspeed. `--optim_args step_in_backward=true`: near 2 bytes; one process.",
+        default=False, help="Everything in bf16, rounded stochastically: 4 bytes a parameter. Needs --optim adafactor."
     )
     lora_r: int = HfArg(default=0, help="Train low-rank adapters of this rank. 0: all parameters.")
     lora_alpha: float = HfArg(default=32.0, help="Adapters are scaled by alpha / r.")
@@ -139,11 +123,14 @@ class InstructDataArguments:
     train_file: str | None = HfArg(default=None, help="Training data: .json, .jsonl, .csv, .parquet; .txt for text.")
     validation_file: str | None = HfArg(default=None, help="Validation data, same formats.")
     test_file: str | None = HfArg(default=None, help="Data for --do_predict, same formats.")
+    delimiter: str | None = HfArg(default=None, help="What separates a .csv's fields, if not a comma.")
+    file_encoding: str | None = HfArg(default=None, help="Encoding of text files, if not UTF-8, e.g. cp1252.")
     validation_split_percentage: float = HfArg(default=5.0, help="Share of training prompts kept where there is none.")
-    data_format: str | None = HfArg(default=None, help="dolly, alpaca, prompt, chat, sharegpt, text; else by columns.")
+    data_format: str | None = HfArg(default=None, help="dolly, alpaca, prompt, chat, text; else by columns.")
     text_column: str | None = HfArg(default=None, help="Column of plain text to train on whole.")
+    drop_keys: list[str] | None = HfArg(default=None, help="Columns, or keys of turns, to do without if refused.")
     prompt_template: str | None = HfArg(
-        default=None, help="dolly, alpaca, llama2, chatml, plain, chat (the tokenizer's own; default) or a Jinja file."
+        default=None, help="chat (the tokenizer's), dolly, plain ..., or a Jinja file."
     )
     max_seq_length: int | None = HfArg(default=None, help="Longest example in tokens. Default: 1024, or the model's.")
     packing: bool = HfArg(default=False, help="Pack whole examples, apart, into rows of --max_seq_length.")
@@ -179,8 +166,10 @@ def parse_arguments(argv: list[str], classes: tuple, find_columns, find_problems
     if args.bf16 is None or args.pure_bf16:  # of pure bf16 there is nothing left to cast
         args.bf16 = choose_bf16(args)
     problems = find_problems(args)
+    if tables:
+        problems += tables.find_problems(args, ["train_file", "validation_file", "test_file"], find_columns)
     if guards:
-        guards.check_training(args, find_columns, problems)
+        guards.check_training(args, problems)
         guards.start_ranks(args)
     elif problems:
         raise UsageError("\n".join(problems))
@@ -213,19 +202,18 @@ def choose_bf16(args: argparse.Namespace) -> bool:
 
 def find_instruct_problems(args: argparse.Namespace) -> list[str]:
     """Flags that need a file that is not beside this script, and what guards.py finds wrong with the script's own."""
-    problems = zero_adafactor.find_problems(args) if zero_adafactor else []
+    problems = [p for module in (zero_adafactor, lora) if module for p in module.find_problems(args)]
     pure = args.pure_bf16 or "step_in_backward" in str(args.optim_args)
     for given, there, flag, name in (
         (args.packing, fast_batches, "--packing", "fast_batches.py"),
         (pure, zero_adafactor, "--pure_bf16, step_in_backward", "zero_adafactor.py"),
-        (args.merge_lora, MERGE_TOOL.is_file(), "--merge_lora", "tools/merge_lora.py"),
+        (args.lora_r, lora, "--lora_r", "lora.py"),
         (args.audit_only, reports, "--audit_only", "reports.py"),
         (args.predict_with_generate, reports, "--predict_with_generate", "reports.py"),
     ):
         if given and not there:
             problems.append(f"{flag}: needs {name}; copy it beside this script")
-    formats = list(dict.fromkeys(name for name, _ in KNOWN_FORMATS))
-    return problems + (guards.find_format_problems(args, formats, list(PROMPT_TEMPLATES)) if guards else [])
+    return problems + (guards.find_format_problems(args, KNOWN_FORMATS, PROMPT_TEMPLATES) if guards else [])
 
 
 def join_cpu_ranks() -> None:
@@ -244,87 +232,80 @@ def join_cpu_ranks() -> None:
 # ------------------------------------------------------------------------------------------------ data
 
 
-class RowError(ValueError):
-    """Why a row cannot be trained on; rows are counted by it."""
-
-
 def load_raw_datasets(data_args, model_args):
     """A DatasetDict with `train`, `validation` and `test` as far as they were given, from files or the hub."""
     hub = {"cache_dir": model_args.cache_dir, "token": model_args.token}
     if data_args.dataset_name is not None:
-        return load_dataset(data_args.dataset_name, data_args.dataset_config_name, **hub)
+        return datasets.load_dataset(data_args.dataset_name, data_args.dataset_config_name, **hub)
     files = {"train": data_args.train_file, "validation": data_args.validation_file, "test": data_args.test_file}
-    raw = datasets.DatasetDict()
-    for split, path in files.items():
-        if path is not None:
-            file_type = FILE_TYPES.get(Path(path).suffix.lower(), "text")
-            # A .txt is one text, not one a line; without keep_default_na pandas reads the answer "None" as missing.
-            options = {"text": {"sample_by": "document"}, "csv": {"keep_default_na": False}}.get(file_type, {})
-            try:
-                raw[split] = load_dataset(file_type, data_files={split: path}, split=split, **hub, **options)
-            except datasets.exceptions.DatasetGenerationError as error:
-                raise UsageError(f"{path}: cannot be read as {file_type}: {error.__cause__ or error}") from error
-    return raw
+    files = {split: path for split, path in files.items() if path is not None}
+    args = argparse.Namespace(**vars(data_args), **vars(model_args))
+    load = partial(tables.read_table, args=args) if tables else load_file
+    return datasets.DatasetDict({split: load(path) for split, path in files.items()})
+
+
+def load_file(path: str):
+    """A file by the datasets library; a .txt is one text."""
+    options = {".txt": {"sample_by": "document"}, ".csv": {"keep_default_na": False}}.get(Path(path).suffix, {})
+    return datasets.load_dataset(FILE_TYPES.get(Path(path).suffix, "text"), data_files=path, split="train", **options)
 
 
 def find_format(columns: list[str], args) -> tuple[str, tuple[str, ...]]:
     """The data's format and its columns: as --data_format or --text_column say, else by the column names."""
-    there = f"it has {', '.join(columns)}"
-    if args.text_column is not None:
-        if args.text_column not in columns:
-            raise UsageError(f"has no column {args.text_column!r} (--text_column); {there}")
-        return "text", (args.text_column,)
     known = [(name, needed) for name, needed in KNOWN_FORMATS if args.data_format in (None, name)]
-    if found := next((pair for pair in known if set(pair[1]) <= set(columns)), None):
-        return found
-    wanted = "; or ".join(f"{', '.join(needed)} ({name})" for name, needed in known)
-    raise UsageError(f"needs the columns {wanted}; {there}. Rename them, or name plain text by --text_column")
+    known = known if args.text_column is None else [("text", (args.text_column,))]
+    found = next((pair for pair in known if set(pair[1]) <= set(columns)), None)
+    if guards:
+        guards.check_format(columns, args, known, found)
+    return found
 
 
-def to_messages(row: dict, data_format: str, columns: tuple[str, ...]) -> list[dict]:
+def to_messages(row: dict, data_format: str, columns: tuple[str, ...], drop_keys=()) -> list[dict]:
     """
-    One row as chat messages up to its last answer: dicts of `role`, `content` and perhaps `context`, all stripped.
+    One row as chat messages up to its last answer to train on: what to_message returns, a turn each.
 
-    Raises RowError where something needed is missing.
+    Raises RowError where something needed is missing, or where a turn holds what nobody would learn from.
     """
-    if data_format in ("chat", "sharegpt"):
-        turns = row[columns[0]]
-    elif isinstance(row[columns[0]], list):  # prompt and completion as lists of messages
-        turns = [*row[columns[0]], *(row[columns[-1]] or [])]
+    first, *context = (parse_turns(row[name]) for name in columns)
+    last = context.pop() if context else None
+    if data_format == "chat":
+        turns = first
+    elif isinstance(first, list):  # prompt and completion as lists of messages
+        turns = first + (last if isinstance(last, list) else [last])
     else:
-        context = row[columns[1]] if len(columns) == 3 else None
-        user = {"role": "user", "content": row[columns[0]], "context": context}
-        turns = [user, {"role": "assistant", "content": row[columns[-1]]}]
+        turns = [{"role": "user", "content": first, "context": next(iter(context), None)}]
+        turns.append({"role": "assistant", "content": last})
     if not isinstance(turns, list) or not turns:
         raise RowError("no turns")
-    messages = [message for turn in turns if (message := read_turn(turn))["content"] or message["role"] != "system"]
-    while messages and messages[-1]["role"] != "assistant":
+    system = [{"role": "system", "content": row[name]} for name in CHAT_COLUMNS[1:] if row.get(name)]
+    turns = (to_message(turn, drop_keys) for turn in system + turns)
+    messages = [message for message in turns if message["content"] or message["role"] != "system"]
+    while messages and not (messages[-1]["role"] == "assistant" and messages[-1].get("weight", 1)):
         messages.pop()
     if not messages:
         raise RowError("no answer")
-    empty = next((message["role"] for message in messages if not message["content"]), None)
-    if empty is not None:
-        raise RowError({"assistant": "empty answer", "user": "empty instruction"}.get(empty, f"empty {empty} turn"))
+    for message in messages:
+        if message["role"] in ("user", "assistant") and not (message["content"] or message.get("tool_calls")):
+            raise RowError("empty answer" if message["role"] == "assistant" else "empty instruction")
     return messages
 
 
-def read_turn(turn: dict) -> dict:
-    """One turn as a message; takes `role` and `content` as well as ShareGPT's `from` and `value`."""
-    if not isinstance(turn, dict):
-        raise RowError("a turn is not an object")
-    role = turn.get("role") or turn.get("from")
-    if str(role).lower() not in ROLES:
-        raise RowError(f"unknown role {role!r}")
-    content = turn.get("content") if turn.get("content") is not None else turn.get("value")
-    if isinstance(content, list | dict):
-        raise RowError("a turn's content is not text")
-    message = {"role": ROLES[str(role).lower()], "content": "" if content is None else str(content).strip()}
-    if message["role"] == "user" and turn.get("context") and str(turn["context"]).strip():
-        message["context"] = str(turn["context"]).strip()
-    return message
+def parse_turns(cell):
+    """A list of turns from its JSON, as CSV files and tables.py have it; anything else as it is."""
+    with suppress(TypeError, ValueError):
+        turns = json.loads(cell)
+        return turns if isinstance(turns, list) and all("role" in turn for turn in turns) else cell
+    return cell
 
 
-# ------------------------------------------------------------------------------------------------ prompts
+def to_message(turn: dict, drop_keys=()) -> dict:
+    """A turn as a message: role, content and perhaps context, stripped; chat_turns.py knows what else it may hold."""
+    if chat_turns:
+        return chat_turns.read_turn(turn, drop_keys)
+    if not isinstance(turn, dict) or any(turn[key] for key in {*turn} - {"role", "content", "context", *drop_keys}):
+        raise RowError("a turn of more than role and content needs chat_turns.py beside this script")
+    message = {key: str(turn[key]).strip() for key in ("role", "content", "context") if turn.get(key)}
+    return {"content": "", **{key: text for key, text in message.items() if text}}
 
 
 def load_tokenizer(model_args, data_args):
@@ -335,69 +316,36 @@ def load_tokenizer(model_args, data_args):
         tokenizer = transformers.AutoTokenizer.from_pretrained(model_args.tokenizer_name or name, **hub)
     except OSError as error:
         raise UsageError(guards.explain_load_error(name, error) if guards else str(error)) from None
-    lacking = "EOS token to stop with" if tokenizer.eos_token is None else "fast tokenizer (tokenizer.json)"
-    if tokenizer.eos_token is None or not tokenizer.is_fast:
-        raise UsageError(f"--tokenizer_name {model_args.tokenizer_name or name}: has no {lacking}")
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token  # padding is left out of the loss by position, EOS stays in it
     positions = getattr(config, "max_position_embeddings", None) or DEFAULT_MAX_SEQ_LENGTH
     limit = data_args.max_seq_length or min(DEFAULT_MAX_SEQ_LENGTH, positions)
-    if limit > positions:
-        raise UsageError(f"--max_seq_length {limit}: the model has {positions} positions")
+    if guards:
+        guards.check_causal_tokenizer(tokenizer, limit, positions, model_args)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token  # padding is left out of the loss by position, EOS stays in it
     return config, tokenizer, limit
 
 
-# Chat templates, so that they are saved with the tokenizer and every later generation uses the one of the training.
-# `context` is a key of ours in a user's message; where a template does not know it, it follows the content.
-DOLLY_INTRO = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request."
-)
-ALPACA_INTRO = DOLLY_INTRO.replace("task.", "task, paired with an input that provides further context.")
+# Chat templates, saved with the tokenizer so that every later generation has the prompts of the training; more are in
+# prompt_templates/. `context` is a key of ours in a user's message; elsewhere it follows the content.
 PROMPT_TEMPLATES = {
     # https://github.com/databrickslabs/dolly training/consts.py, with the tokenizer's EOS for its "### End"
     "dolly": r"""
-{{- bos_token }}{{ messages[0].content if messages[0].role == 'system' else 'INTRO' }}
+{{- bos_token }}{{ messages[0].content if messages[0].role == 'system' else 'Below is an instruction that describes ' +
+    'a task. Write a response that appropriately completes the request.' }}
 {%- for message in messages %}
 {{- '\n\n### Instruction:\n' + message.content if message.role == 'user' }}
 {{- '\n\nInput:\n' + message.context if message.role == 'user' and message.context }}
 {{- '\n\n### Response:\n' + message.content + eos_token if message.role == 'assistant' }}
 {%- endfor %}
-{{- '\n\n### Response:\n' if add_generation_prompt }}""".replace("INTRO", DOLLY_INTRO),
-    # https://github.com/tatsu-lab/stanford_alpaca train.py
-    "alpaca": r"""
-{%- set intro = 'WITH' if messages | selectattr('context') | list else 'INTRO' %}
-{{- bos_token }}{{ messages[0].content if messages[0].role == 'system' else intro }}
-{%- for message in messages %}
-{{- '\n\n### Instruction:\n' + message.content if message.role == 'user' }}
-{{- '\n\n### Input:\n' + message.context if message.role == 'user' and message.context }}
-{{- '\n\n### Response:' + message.content + eos_token if message.role == 'assistant' }}
-{%- endfor %}
-{{- '\n\n### Response:' if add_generation_prompt }}""".replace("WITH", ALPACA_INTRO).replace("INTRO", DOLLY_INTRO),
-    # https://github.com/meta-llama/llama llama/generation.py
-    "llama2": r"""
-{%- set has_system = messages[0].role == 'system' %}
-{%- for message in messages[has_system | int:] %}
-{%- if (message.role == 'user') != (loop.index0 % 2 == 0) %}
-{{- raise_exception('roles must alternate: user, assistant, user, ...') }}
-{%- endif %}
-{{- (bos_token or '') + '[INST] ' if message.role == 'user' }}
-{{- '<<SYS>>\n' + messages[0].content + '\n<</SYS>>\n\n' if loop.first and has_system }}
-{{- message.content + ' [/INST]' if message.role == 'user' else ' ' + message.content + ' ' + eos_token }}
-{%- endfor %}""",
-    # https://github.com/openai/openai-python/blob/v0.28.1/chatml.md; for tokenizers that know its two tokens
-    "chatml": r"""
-{%- for message in messages %}
-{{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}
-{%- endfor %}
-{{- '<|im_start|>assistant\n' if add_generation_prompt }}""",
+{{- '\n\n### Response:\n' if add_generation_prompt }}""",
     "plain": r"""
 {{- bos_token }}
 {%- for message in messages %}
 {{- message.content + (eos_token if message.role == 'assistant' else '\n') }}
 {%- endfor %}""",
 }
+PROMPT_TEMPLATES |= {path.stem: path.read_text() for path in Path(__file__).parent.glob("prompt_templates/*.jinja")}
 DEFAULT_TEMPLATES = {"dolly": "dolly", "alpaca": "alpaca", "prompt": "plain"}
-TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError)  # what a chat template can raise
 
 
 def set_prompt_template(tokenizer, data_args, data_format: str) -> str:
@@ -405,10 +353,14 @@ def set_prompt_template(tokenizer, data_args, data_format: str) -> str:
     default = "chat" if tokenizer.chat_template else DEFAULT_TEMPLATES.get(data_format, "chat")
     name = data_args.prompt_template or default
     if name != "chat":
+        if name not in PROMPT_TEMPLATES and not Path(name).is_file():
+            raise UsageError(f"--prompt_template {name}: needs prompt_templates/{name}.jinja beside this script")
         tokenizer.chat_template = PROMPT_TEMPLATES.get(name) or Path(name).read_text(encoding="utf-8")
     elif not tokenizer.chat_template:
-        known = f"has no chat template; give one of {', '.join(PROMPT_TEMPLATES)} or a Jinja file"
-        raise UsageError(f"--prompt_template {data_args.prompt_template or '(not given)'}: the tokenizer {known}")
+        asked, known = data_args.prompt_template or "(not given)", ", ".join(PROMPT_TEMPLATES)
+        raise UsageError(
+            f"--prompt_template {asked}: the tokenizer has no chat template; give one of {known} or a file"
+        )
     # transformers tokenises rendered chats without special tokens: a BOS that the tokenizer would write goes in front.
     if starts_with_bos(tokenizer):
         written = "bos_token" in tokenizer.get_chat_template()
@@ -424,28 +376,19 @@ def starts_with_bos(tokenizer) -> bool:
     return tokenizer.bos_token is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
 
 
-def render(messages: list[dict], tokenizer, add_generation_prompt: bool = False) -> str:
+def render(messages: list[dict], tokenizer, tools: list | None = None, add_generation_prompt: bool = False) -> str:
     """The chat as the template writes it; raises RowError with the template's own message."""
-    if any("context" in m for m in messages) and not takes_context(tokenizer, tokenizer.get_chat_template()):
+    takes_context = re.search(r"\.context\b|['\"]context['\"]", str(tokenizer.chat_template))
+    if not takes_context and any("context" in m for m in messages):
         texts = ["\n\n".join(filter(None, (m["content"], m.get("context")))) for m in messages]
-        messages = [{"role": m["role"], "content": text} for m, text in zip(messages, texts, strict=True)]
+        messages = [{**m, "content": text, "context": ""} for m, text in zip(messages, texts, strict=True)]
+    write = tokenizer.apply_chat_template
+    write = partial(chat_turns.write_chat, write) if chat_turns else write
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-    except TEMPLATE_ERRORS as error:
+        return write(messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt)
+    except (jinja2.TemplateError, TypeError, ValueError) as error:  # what a template can raise
         raise RowError(f"the template says: {error}") from None
 
-
-@lru_cache
-def takes_context(tokenizer, template: str) -> bool:
-    """Whether a chat template writes a user message's `context`."""
-    probe = [{"role": "user", "content": "?", "context": MARKS[0]}]
-    try:
-        return MARKS[0] in tokenizer.apply_chat_template(probe, chat_template=template, tokenize=False)
-    except TEMPLATE_ERRORS:
-        return False
-
-
-# ------------------------------------------------------------------------------------------------ labels
 
 # Private-use characters; one stands for what a turn says while the template's own text around it is found out.
 MARKS = [chr(code) for code in range(0xF0000, 0xF0100)]
@@ -455,24 +398,26 @@ Chat = namedtuple("Chat", "messages text answers borders unsupervised")
 Answer = namedtuple("Answer", "turn start end closed")  # closed: a stop token ends it
 
 
-def lay_out(messages: list[dict], tokenizer) -> Chat:
+def lay_out(messages: list[dict], tokenizer, tools: list | None = None) -> Chat:
     """
     A chat as the template writes it, and the answers in it, each from where a generation would start.
 
     From the end of the conversation before it, with the generation prompt, an answer is supervised through all closing
     tokens (EOS, if there are none). Where the text does not begin so, it is not, and at the last one RowError raised.
     """
-    text, stops, answers, final = render(messages, tokenizer).rstrip(), find_stop_tokens(tokenizer), [], messages[-1]
+    write, stops = partial(render, tokenizer=tokenizer, tools=tools), find_stop_tokens(tokenizer)
+    text, answers, final = write(messages).rstrip(), [], messages[-1]
+    if chat_turns and chat_turns.find_hidden({"tools": tools}, text):
+        raise RowError("the template leaves out the tools (--drop_keys tools goes without)")
     for turn, message in enumerate(messages):
-        start = find_start(messages, turn, text, tokenizer) if message["role"] == "assistant" else None
-        end = len(text) if start is None or message is final else find_end(messages, turn, text, tokenizer)
-        if not (message["content"] in text[start:end] and message.get("context", "") in text):
-            split_at_turn(messages, turn, tokenizer)  # says so if the turn is left out
-            raise RowError("the template changes what the turns say")
+        trained = message["role"] == "assistant" and message.get("weight", 1)
+        start = find_start(messages, turn, text, write) if trained else None
+        end = len(text) if start is None or message is final else find_end(messages, turn, text, write, stops)
+        check_shown(messages, turn, text[start:end], write)
         if start is not None:
             answers.append(Answer(turn, start, end, text[:end].endswith(stops)))
     # The stop token at the end may also be what the answer says.
-    open_end = text.endswith(final["content"]) and not split_at_turn(messages, len(messages) - 1, tokenizer)[1]
+    open_end = text.endswith(final["content"]) and not split_at_turn(messages, len(messages) - 1, write)[1]
     if open_end or not answers[-1].closed:
         text += tokenizer.eos_token
         answers[-1] = answers[-1]._replace(end=len(text), closed=True)
@@ -482,46 +427,57 @@ def lay_out(messages: list[dict], tokenizer) -> Chat:
     return Chat(messages, text, answers, borders, unsupervised)
 
 
-def find_start(messages: list[dict], turn: int, text: str, tokenizer) -> int | None:
+def check_shown(messages: list[dict], turn: int, text: str, write) -> None:
+    """Raise RowError where the text of an answer, or of the chat, lacks something that a turn says."""
+    said = messages[turn]["content"]
+    hidden = chat_turns.find_hidden(messages[turn], text) if chat_turns else None if said in text else "content"
+    if hidden == "content":
+        split_at_turn(messages, turn, write)  # says so if the turn is left out
+        raise RowError("the template changes what the turns say")
+    if hidden is not None:
+        raise RowError(f"the template leaves out {hidden} (--drop_keys {hidden} goes without)")
+
+
+def find_start(messages: list[dict], turn: int, text: str, write) -> int | None:
     """Where an answer begins for a generation, None if the template writes an earlier prompt otherwise in the text."""
     try:
-        prompt = render(messages[:turn], tokenizer, add_generation_prompt=True)
+        prompt = write(messages[:turn], add_generation_prompt=True)
         if text.startswith(prompt):
             return len(prompt)
-        trained = split_at_turn(messages, turn, tokenizer)[0]
+        trained = split_at_turn(messages, turn, write)[0]
         same = len(os.path.commonprefix([prompt, trained]))
-        prompt, trained = (repr(ending[same:][-40:]) for ending in (prompt, trained))
-        raise RowError(f"the template's generation prompt has {prompt} where the text before an answer has {trained}")
+        found = f"{prompt[same:][-40:]!r} where the text before an answer has {trained[same:][-40:]!r}"
+        raise RowError(f"the template's generation prompt has {found}")
     except RowError:
         if turn == len(messages) - 1:
             raise
         return None
 
 
-def find_end(messages: list[dict], turn: int, text: str, tokenizer) -> int:
+def find_end(messages: list[dict], turn: int, text: str, write, stops: tuple) -> int:
     """Where an earlier answer with its closing tokens ends: where the conversation ends that ends with it."""
-    alone = render(messages[: turn + 1], tokenizer).rstrip()
+    alone = write(messages[: turn + 1]).rstrip()
     if text.startswith(alone):
         return len(alone)
-    # Written otherwise there (with reasoning, another closing token): a mark in the answer's place shows where it is;
-    # what closes the last one closes it, or else the next stop token.
-    before, after = split_at_turn(messages, turn, tokenizer)
-    if before + messages[turn]["content"] + after != text:
+    # Written otherwise there (with reasoning, another closing token): a plain turn in the answer's place shows what
+    # follows it; what closes the last one closes it, or else the next stop token.
+    after = split_at_turn(messages, turn, write)[1]
+    if not text.endswith(after):
         raise RowError("the template changes what earlier turns say")
-    closing = split_at_turn(messages[: turn + 1], turn, tokenizer)[1]
+    closing = split_at_turn(messages[: turn + 1], turn, write)[1]
     if not closing or not after.startswith(closing):
-        stops = "|".join(map(re.escape, find_stop_tokens(tokenizer)))
-        closing = found.group() if (found := re.match(rf"\s*(?:{stops})", after)) else ""
+        found = re.match(rf"\s*(?:{'|'.join(map(re.escape, stops))})", after)
+        closing = found.group() if found else ""
     return len(text) - len(after) + len(closing)
 
 
-def split_at_turn(messages: list[dict], turn: int, tokenizer) -> tuple[str, str]:
-    """What the template writes before and after what a turn says; raises RowError where it leaves the turn out."""
-    mark = next(mark for mark in MARKS if not any(mark in text for m in messages for text in m.values()))
-    marked = [*messages[:turn], messages[turn] | {"content": mark}, *messages[turn + 1 :]]
-    before, found, after = render(marked, tokenizer).rstrip().partition(mark)
+def split_at_turn(messages: list[dict], turn: int, write) -> tuple[str, str]:
+    """What the template writes before and after a plain turn in a turn's place; RowError where it leaves it out."""
+    mark = next(mark for mark in MARKS if mark not in str(messages))
+    plain = {"role": messages[turn]["role"], "content": mark}
+    before, found, after = write([*messages[:turn], plain, *messages[turn + 1 :]]).rstrip().partition(mark)
     if not found:
-        raise RowError(f"the template leaves out the {messages[turn]['role']} turn")
+        raise RowError(f"the template leaves out the {plain['role']} turn")
     return before, after
 
 
@@ -553,55 +509,33 @@ def place_answers(chat: Chat, whole, heads: list, tokenizer) -> tuple[list[int],
     return sum(pieces, []), list(zip(counts[::2], counts[1::2], strict=True))
 
 
-def shorten_chat(chat: Chat, places: list, excess: int, tokenizer) -> tuple[list[dict], str] | None:
+def drop_exchanges(chat: Chat, places: list, excess: int) -> list[dict] | None:
     """
-    The messages with less in them: exchanges at the front go, else the context's end, else nothing (None).
+    The messages without exchanges at the front that have so many tokens; None if there is only one.
 
     The system turn and the last exchange stay: no answer is trained on whose question is gone.
     """
     messages = chat.messages
-    first = next(i for i, message in enumerate(messages) if message["role"] != "system")
+    first = next(i for i, message in enumerate(messages) if message["role"] not in ("system", "developer"))
     starts = [i for i in range(first + 1, len(messages)) if messages[i]["role"] == "user" != messages[i - 1]["role"]]
-    if starts:
-        # At most so many tokens go with the turns before one (the system turn's stay).
-        ends = [(answer.turn, end) for answer, (_, end) in zip(chat.answers, places, strict=True)]
-        enough = (i for i in starts if max((end for turn, end in ends if turn < i), default=0) >= excess)
-        return [*messages[:first], *messages[next(enough, starts[-1]) :]], "cut_exchanges"
-    for turn, message in enumerate(messages):
-        if context := message.get("context"):
-            starts = [start for start, _ in tokenize([context], tokenizer)[0].offsets]
-            left = context[: starts[-excess]].rstrip() if excess < len(starts) else ""
-            message = {name: text for name, text in (message | {"context": left}).items() if text}
-            return [*messages[:turn], message, *messages[turn + 1 :]], "cut_context"
-    return None
+    if not starts:
+        return None
+    # At most so many tokens go with the turns before one (the system turn's stay).
+    ends = [(answer.turn, end) for answer, (_, end) in zip(chat.answers, places, strict=True)]
+    enough = (i for i in starts if max((end for turn, end in ends if turn < i), default=0) >= excess)
+    return [*messages[:first], *messages[next(enough, starts[-1]) :]]
 
 
-@dataclass
-class Row:
-    """What is trained on of a row (labels: -100 where none), and what audit and evaluation need; or its `problem`."""
-
-    input_ids: list = field(default_factory=list)
-    labels: list = field(default_factory=list)
-    source: str = ""  # the last answer's prompt
-    reference: str = ""  # the last answer
-    cut_exchanges: bool = False
-    cut_context: bool = False
-    cut_answer: bool = False
-    tokens: int = 0
-    supervised_tokens: int = 0
-    answers_cut_off_whole: int = 0
-    answers_unsupervised: int = 0
-    answers: int = 0
-    answers_with_stop: int = 0
-    rows_with_special_tokens_in_text: bool = False
-    leading_bos: int = 0
-    prompt_hash: int = 0
-    row_hash: int = 0
-    problem: str = ""
+# A row, encoded: what is trained on (labels: -100 where nothing is), the last answer and its prompt, and what the
+# audit counts; or its problem. `row`: its number in the file or data set, from 0.
+ROW = {"row": 0, "input_ids": [], "labels": [], "source": "", "reference": "", "problem": ""}
+ROW |= dict.fromkeys(("prompt_hash", "row_hash", "tokens", "supervised_tokens", "cut_exchanges", "answers"), 0)
+ROW |= dict.fromkeys(("answers_with_stop", "answers_unsupervised", "special_tokens_in_text", "leading_bos"), 0)
+TOO_LONG = "longer than --max_seq_length"
 
 
-def to_columns(rows: list[Row]) -> dict[str, list]:
-    return {name: [getattr(row, name) for row in rows] for name in Row.__dataclass_fields__}
+def to_columns(rows: list[dict]) -> dict[str, list]:
+    return {name: [row.get(name, default) for row in rows] for name, default in ROW.items()}
 
 
 def hash_text(text: str) -> int:
@@ -610,101 +544,89 @@ def hash_text(text: str) -> int:
 
 
 def encode_chats(
-    rows: dict, tokenizer, data_format: str, columns: tuple, limit: int, assistant_only_loss: bool = True
+    rows, numbers, tokenizer, data_format, columns, limit, assistant_only_loss=True, drop_keys=()
 ) -> dict:
-    """A batch of rows as columns of Row; what is too long goes round again, shortened, until it fits."""
-    encoded, todo = [], []
+    """A batch of rows, columns by name, as columns of ROW; what is too long goes round again, with fewer exchanges."""
+    encoded, todo = [{"row": number} for number in numbers], []
     special = re.compile("|".join(map(re.escape, tokenizer.all_special_tokens)))
-    for values in zip(*(rows[name] for name in columns), strict=True):
-        encoded.append(row := Row())
+    for i, row in enumerate(encoded):
+        cells = {name: rows[name][i] for name in (*columns, *CHAT_COLUMNS) if name in rows and name not in drop_keys}
         try:
-            messages = to_messages(dict(zip(columns, values, strict=True)), data_format, columns)
+            messages, tools = to_messages(cells, data_format, columns, drop_keys), cells.get("tools")
+            tools = chat_turns.read_tools(tools) if chat_turns else tools or None
         except RowError as error:
-            row.problem = str(error)
+            row["problem"] = str(error)
             continue
         turns = ["\0".join(filter(None, (m["content"], m.get("context")))) for m in messages]
         prompts = [turn for turn, message in zip(turns, messages, strict=True) if message["role"] == "user"]
-        row.prompt_hash, row.row_hash = hash_text("\0".join(prompts)), hash_text("\0".join(turns))
-        row.rows_with_special_tokens_in_text = any(map(special.search, turns))
-        todo.append((row, messages))
+        row |= {"prompt_hash": hash_text("\0".join(prompts)), "row_hash": hash_text(str((messages, tools)))}
+        row["special_tokens_in_text"] = int(any(map(special.search, turns)))
+        todo.append((row, messages, tools))
     while todo:
         todo = encode_round(todo, tokenizer, limit, assistant_only_loss)
-    return to_columns([Row(problem=row.problem) if row.problem else row for row in encoded])
+    return to_columns([{"row": r["row"], "problem": r["problem"]} if r.get("problem") else r for r in encoded])
 
 
 def encode_round(todo: list, tokenizer, limit: int, assistant_only_loss: bool) -> list:
-    """Encode chats, given as (Row, messages); returns those that are too long, shortened, in the same way."""
+    """Encode chats, given as (row, messages, tools); returns those that are too long, shortened, in the same way."""
     chats, too_long = [], []
-    for row, messages in todo:
+    for row, messages, tools in todo:
         try:
-            chats.append((row, lay_out(messages, tokenizer)))
+            chats.append((row, lay_out(messages, tokenizer, tools), tools))
         except RowError as error:
-            row.problem = str(error)
-    texts = [chat.text[:place] for _, chat in chats for place in (len(chat.text), *chat.borders)]
+            row["problem"] = str(error)
+    texts = [chat.text[:place] for _, chat, _ in chats for place in (len(chat.text), *chat.borders)]
     encodings = iter(tokenize(texts, tokenizer))
-    for row, chat in chats:
+    for row, chat, tools in chats:
         whole, *heads = itertools.islice(encodings, 1 + len(chat.borders))
         ids, places = place_answers(chat, whole, heads, tokenizer)
-        if len(ids) > limit and (shorter := shorten_chat(chat, places, len(ids) - limit, tokenizer)):
-            messages, what = shorter
-            setattr(row, what, True)
-            too_long.append((row, messages))
-        elif places[0][0] >= limit:
-            row.problem = "no room for an answer in --max_seq_length"
+        if len(ids) <= limit:
+            row |= label_chat(chat, ids, places, tokenizer.bos_token_id, assistant_only_loss)
+        elif messages := drop_exchanges(chat, places, len(ids) - limit):
+            row["cut_exchanges"] = 1
+            too_long.append((row, messages, tools))
         else:
-            fill_row(row, chat, ids, places, limit, tokenizer.bos_token_id, assistant_only_loss)
+            row["problem"] = TOO_LONG
     return too_long
 
 
-def fill_row(row: Row, chat: Chat, ids: list[int], places: list, limit: int, bos: int, assistant_only_loss: bool):
-    """Put a chat that can be no shorter into its Row; of more than `limit` tokens the last answer's end goes."""
-    labels = [-100] * len(ids)
-    for first, end in places if assistant_only_loss else [(0, len(ids))]:
+def label_chat(chat: Chat, ids: list[int], places: list, bos: int, assistant_only_loss: bool) -> dict:
+    """What ROW says of a chat whose answers are at these (first, end) of its token ids."""
+    labels, last = [-100] * len(ids), chat.answers[-1]
+    for first, end in places if assistant_only_loss else [(1, len(ids))]:
         labels[first:end] = ids[first:end]
-    row.input_ids, row.labels, row.cut_answer = ids[:limit], [-100, *labels[1:limit]], len(ids) > limit
-    row.tokens, row.supervised_tokens = len(row.labels), sum(label != -100 for label in row.labels)
-    kept = [answer for answer, (first, _) in zip(chat.answers, places, strict=True) if first < limit]
-    row.source, row.reference = chat.text[: kept[-1].start], chat.messages[kept[-1].turn]["content"]
-    row.answers, row.answers_cut_off_whole = len(kept), len(places) - len(kept)
-    row.answers_unsupervised = chat.unsupervised
-    ends = [end for answer, (_, end) in zip(chat.answers, places, strict=True) if answer.closed]
-    row.answers_with_stop = sum(end <= limit for end in ends)
-    row.leading_bos = next((i for i, token in enumerate(ids) if token != bos), len(ids))
+    labels[0] = -100
+    reference = chat.messages[last.turn]["content"] or chat.text[last.start : last.end]
+    row = {"input_ids": ids, "labels": labels, "source": chat.text[: last.start], "reference": reference}
+    row |= {"tokens": len(ids), "supervised_tokens": sum(label != -100 for label in labels), "answers": len(places)}
+    row |= {"answers_with_stop": sum(a.closed for a in chat.answers), "answers_unsupervised": chat.unsupervised}
+    return row | {"leading_bos": next((i for i, token in enumerate(ids) if token != bos), len(ids))}
 
 
-def encode_texts(rows: dict, tokenizer, column: str, limit: int) -> dict:
+def encode_texts(rows: dict, numbers, tokenizer, column: str, limit: int) -> dict:
     """Plain texts, each ended by EOS, one after the other and cut into rows of `limit` tokens; all are supervised."""
     texts = [text for text in rows[column] if text and text.strip()]
     eos, ids = tokenizer.eos_token_id, []
     for text in texts:
         tokens = tokenizer(text, verbose=False)["input_ids"]
         ids += tokens + [eos] * (tokens[-1:] != [eos])  # some tokenizers end texts themselves
-    blocks = [ids[start : start + limit] for start in range(0, len(ids), limit)]
-    counts = [{"tokens": len(b), "supervised_tokens": len(b) - 1, "row_hash": hash_text(str(b))} for b in blocks]
-    encoded = [Row(b, [-100, *b[1:]], **count) for b, count in zip(blocks, counts, strict=True) if len(b) > 1]
-    return to_columns(encoded + [Row(problem="empty text")] * (len(rows[column]) - len(texts)))
+    encoded = []
+    for block in (ids[start : start + limit] for start in range(0, len(ids), limit)):
+        if len(block) > 1:
+            counts = {"tokens": len(block), "supervised_tokens": len(block) - 1, "row_hash": hash_text(str(block))}
+            encoded.append({"row": numbers[0], "input_ids": block, "labels": [-100, *block[1:]], **counts})
+    return to_columns(encoded + [{"problem": "empty text"}] * (len(rows[column]) - len(texts)))
 
 
-def encode_split(rows, split: str, max_samples: int | None, tokenizer, limit: int, data_args, training_args):
-    """All rows of a split, encoded, those that cannot be used included (see Row)."""
-    data_format, columns = find_format(rows.column_names, data_args)
-    rows = rows.select(range(min(max_samples or len(rows), len(rows))))
-    settings = {"data_format": data_format, "columns": columns, "assistant_only_loss": data_args.assistant_only_loss}
-    settings = {"column": columns[0]} if data_format == "text" else settings
-    with training_args.main_process_first(desc=f"tokenising {split}"):
-        return rows.map(
-            encode_texts if data_format == "text" else encode_chats,
-            batched=True,
-            num_proc=data_args.preprocessing_num_workers,
-            remove_columns=rows.column_names,
-            load_from_cache_file=not data_args.overwrite_cache,
-            fn_kwargs={"tokenizer": tokenizer, "limit": limit, **settings},
-            desc=f"Tokenising {split}",
-        )
-
-
-def encode_splits(raw, tokenizer, limit: int, data_args, training_args) -> dict:
+def encode_splits(raw, data_format: str, columns: tuple, tokenizer, limit: int, data_args, training_args) -> dict:
     """The splits asked for, encoded; without validation data a share of the training prompts (of a text: its end)."""
+    encode, settings = encode_texts, {"tokenizer": tokenizer, "column": columns[0], "limit": limit}
+    if data_format != "text":
+        settings = {"tokenizer": tokenizer, "data_format": data_format, "columns": columns, "limit": limit}
+        settings |= {"assistant_only_loss": data_args.assistant_only_loss, "drop_keys": data_args.drop_keys or ()}
+        encode = encode_chats
+    how = {"with_indices": True, "batched": True, "fn_kwargs": settings}
+    how |= {"num_proc": data_args.preprocessing_num_workers, "load_from_cache_file": not data_args.overwrite_cache}
     wanted = {
         "train": (training_args.do_train or data_args.audit_only, data_args.max_train_samples),
         "validation": (training_args.do_eval, data_args.max_eval_samples),
@@ -712,26 +634,23 @@ def encode_splits(raw, tokenizer, limit: int, data_args, training_args) -> dict:
     }
     carve, splits = training_args.do_eval and "validation" not in raw and wanted["train"][0], {}
     for split, (needed, most) in wanted.items():
-        if needed and split in raw:
-            most = None if carve and split == "train" else most
-            splits[split] = encode_split(raw[split], split, most, tokenizer, limit, data_args, training_args)
-        elif needed and not (carve and split == "validation"):
-            named = f"--dataset_name {data_args.dataset_name}"
-            raise UsageError(f"{named}: has no split {split!r}; it has {', '.join(raw)}")
+        if not needed or (carve and split == "validation"):
+            continue
+        if guards:
+            guards.check_split(raw, split, columns, data_args)
+        rows, most = raw[split], None if carve and split == "train" else most
+        rows = rows.select(range(min(most or len(rows), len(rows))))
+        with training_args.main_process_first(desc=f"tokenising {split}"):
+            splits[split] = rows.map(encode, remove_columns=rows.column_names, desc=f"Tokenising {split}", **how)
     if carve:
         encoded, share = splits["train"], data_args.validation_split_percentage / 100
         chosen = np.array(encoded["prompt_hash"][:], dtype=np.uint64) % 10_000 < share * 10_000
         chosen &= np.array(encoded["problem"][:]) == ""
-        if find_format(raw["train"].column_names, data_args)[0] == "text":
+        if data_format == "text":
             chosen = np.arange(len(encoded)) >= len(encoded) * (1 - share)
         for split, mask in (("train", ~chosen), ("validation", chosen)):
             splits[split] = encoded.select(np.flatnonzero(mask)[: wanted[split][1]])
     return splits
-
-
-def find_usable(encoded) -> list[int]:
-    """Indices of the rows without a problem."""
-    return [i for i, problem in enumerate(encoded["problem"][:]) if not problem]
 
 
 # ------------------------------------------------------------------------------------------------ model
@@ -754,42 +673,16 @@ def load_causal_model(config, tokenizer, model_args, training_args):
     stops = find_stop_ids(tokenizer, model.generation_config)
     model.generation_config.eos_token_id = stops if len(stops) > 1 else stops[0]
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    return add_adapters(model, model_args, training_args) if model_args.lora_r else model
+    return lora.add_adapters(model, model_args, training_args) if model_args.lora_r else model
 
 
 def find_stop_ids(tokenizer, generation_config) -> list[int]:
     """Ids that end an answer: the last of the template's closing tokens, EOS, and what the model came with."""
-    known = generation_config.eos_token_id
-    ids = [tokenizer.eos_token_id, *(known if isinstance(known, list) else [known])]
+    ids = [tokenizer.eos_token_id, *np.atleast_1d(generation_config.eos_token_id).tolist()]
     chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
     with suppress(RowError):  # no template, or one that wants more than a question and an answer
         ids = tokenize([lay_out(chat, tokenizer).text], tokenizer)[0].ids[-1:] + ids
     return [i for i in dict.fromkeys(ids) if i is not None]
-
-
-def make_answer_config(model, tokenizer, data_args, training_args) -> transformers.GenerationConfig:
-    """How answers are generated in evaluation; the stop tokens as a list."""
-    return transformers.GenerationConfig(
-        max_new_tokens=data_args.max_new_tokens,
-        num_beams=training_args.generation_num_beams or data_args.num_beams,
-        eos_token_id=find_stop_ids(tokenizer, model.generation_config),
-        pad_token_id=tokenizer.pad_token_id,
-    )
-
-
-def add_adapters(model, model_args, training_args):
-    """LoRA adapters on the model (https://arxiv.org/abs/2106.09685) by peft; everything else is frozen."""
-    import peft
-
-    targets = model_args.lora_target_modules or "all-linear"
-    settings = {"r": model_args.lora_r, "lora_alpha": model_args.lora_alpha, "lora_dropout": model_args.lora_dropout}
-    if training_args.gradient_checkpointing:
-        model.enable_input_require_grads()  # else no gradient enters the first checkpointed block
-    try:
-        config = peft.LoraConfig(**settings, target_modules=targets, task_type="CAUSAL_LM")
-        return peft.get_peft_model(model, config)
-    except ValueError as error:
-        raise UsageError(f"--lora_target_modules {targets}: {error}") from None
 
 
 # ------------------------------------------------------------------------------------------------ training
@@ -844,41 +737,40 @@ def choose_rows(model, rows, limit: int, collator, data_args, training_args) -> 
     return rows, collator, [check], loss
 
 
-class FilledRows(torch.utils.data.Dataset):
-    """Rows of a tokenised dataset by index, and at index -1 a filler that asks for no token and so has no loss."""
-
-    def __init__(self, rows, filler_token: int):
-        self.rows = rows
-        self.filler = {"input_ids": [filler_token], "attention_mask": [1], "labels": [-100]}
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict:
-        return self.filler if index < 0 else self.rows[index]
+def add_filler(rows, token: int):
+    """The rows, and after them a filler that asks for no token and so has no loss."""
+    filler = {"input_ids": [token], "attention_mask": [1], "labels": [-100]}
+    return torch.utils.data.ConcatDataset([rows, [filler]])
 
 
 class FilledSampler(torch.utils.data.Sampler):
     """
-    Random order, seeded by seed and epoch, then -1 until the last batch of every rank is full.
+    Rows in the order of --train_sampling_strategy, then the last one, a filler, until every rank's last batch is full.
 
     Left to itself accelerate fills the last batches with rows from the front, which are then trained on twice, and
-    how many there are depends on the number of ranks.
+    how many there are depends on the number of ranks. The order is that of the whole batch, on any number of ranks.
     """
 
-    def __init__(self, num_rows: int, multiple: int, seed: int):
-        self.num_rows, self.fill, self.seed, self.epoch = num_rows, -num_rows % multiple, seed, 0
+    def __init__(self, rows, args):
+        self.rows, self.args, self.count, self.epoch = rows, args, len(rows) - 1, 0
+        self.fill = -self.count % (args.per_device_train_batch_size * args.world_size) if args.world_size > 1 else 0
 
     def __len__(self) -> int:
-        return self.num_rows + self.fill
+        return self.count + self.fill
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __iter__(self):
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        yield from torch.randperm(self.num_rows, generator=generator).tolist()
-        yield from [-1] * self.fill
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        order, generator = range(self.count), torch.Generator().manual_seed(seed * 1_000_003 + self.epoch)
+        if self.args.train_sampling_strategy == "random":
+            order = torch.randperm(self.count, generator=generator).tolist()
+        elif self.args.train_sampling_strategy == "group_by_length":
+            lengths = [len(self.rows[i]["input_ids"]) for i in order]
+            whole = self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
+            order = get_length_grouped_indices(lengths, whole, generator=generator)
+        return itertools.chain(order, [self.count] * self.fill)
 
 
 class TokenMeanTrainer(Seq2SeqTrainer):
@@ -898,10 +790,9 @@ class TokenMeanTrainer(Seq2SeqTrainer):
     def get_train_dataloader(self):
         """The stock one with the training rows' collator."""
         plain, self.data_collator = self.data_collator, self.train_collator
-        try:
-            return super().get_train_dataloader()
-        finally:
-            self.data_collator = plain
+        loader = super().get_train_dataloader()
+        self.data_collator = plain
+        return loader
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         """The stock one; a loss that is made inside the output layer is given the labels there."""
@@ -910,12 +801,9 @@ class TokenMeanTrainer(Seq2SeqTrainer):
             return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _get_train_sampler(self, train_dataset=None):
-        """The seeded random order of FilledSampler; other strategies and --dataloader_drop_last as in the library."""
-        if self.args.train_sampling_strategy != "random" or self.args.dataloader_drop_last:
-            return super()._get_train_sampler(train_dataset)
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        multiple = self.args.per_device_train_batch_size * self.args.world_size if self.args.world_size > 1 else 1
-        return FilledSampler(len(self.train_dataset), multiple, seed)
+        """FilledSampler's order; --dataloader_drop_last as in the library."""
+        filled = FilledSampler(self.train_dataset, self.args)
+        return super()._get_train_sampler() if self.args.dataloader_drop_last else filled
 
     def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
         """The stock loop, with every row gathered once and the loss taken over the tokens of the whole set."""
@@ -930,9 +818,9 @@ class TokenMeanTrainer(Seq2SeqTrainer):
 class InstructTrainer(TokenMeanTrainer):
     """TokenMeanTrainer for causal models: token accuracy and perplexity, and with predict_with_generate answers."""
 
-    def __init__(self, *args, answer_config: transformers.GenerationConfig, rouge_language: str = "en", **kwargs):
+    def __init__(self, *args, generate=None, rouge_language: str = "en", **kwargs):
         super().__init__(*args, **kwargs)
-        self.answer_config, self.rouge_language = answer_config, rouge_language
+        self.generate, self.rouge_language = generate, rouge_language  # the former from reports.choose_generation
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None, **gen_kwargs):
         """Returns (token-mean loss of the batch, None, None); answers are generated in evaluation_loop."""
@@ -951,16 +839,12 @@ class InstructTrainer(TokenMeanTrainer):
         """Adds perplexity and token accuracy and, with predict_with_generate, ROUGE and the share of ended answers."""
         output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         loss, tokens, right = self.sums
-        scores = {"perplexity": math.exp(min(loss / tokens, 700)), "token_accuracy": right / tokens}
+        scores = {"perplexity": float(np.exp(min(loss / tokens, 700))), "token_accuracy": right / tokens}
         if self.args.predict_with_generate:
-            rows, tokenizer = dataloader.dataset, self.processing_class
-            self.answers = reports.generate_answers(self.model, self.args, rows, tokenizer, self.answer_config)
-            scores |= reports.score_answers(self.answers, rows["reference"][:], self.rouge_language)
+            self.answers = self.generate(self.model, self.args, dataloader.dataset)
+            scores |= reports.score_answers(self.answers, dataloader.dataset["reference"][:], self.rouge_language)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in scores.items()})
         return output
-
-
-# ------------------------------------------------------------------------------------------------ results
 
 
 def evaluate_split(trainer, rows, prefix: str) -> None:
@@ -970,37 +854,13 @@ def evaluate_split(trainer, rows, prefix: str) -> None:
     trainer.log_metrics(prefix, metrics)
     trainer.save_metrics(prefix, metrics)
     if trainer.args.predict_with_generate and trainer.is_world_process_zero():
-        path = Path(trainer.args.output_dir) / "generated_predictions.jsonl"
-        write_predictions(path, rows, [text for text, _, _ in trainer.answers])
-
-
-def write_predictions(path: Path, rows, predictions: list[str]) -> None:
-    """JSONL with `source`, `reference` and `prediction` a row."""
-    with open(path, "w", encoding="utf-8") as stream:
-        for row, prediction in zip(rows, predictions, strict=True):
-            record = {"source": row["source"], "reference": row["reference"], "prediction": prediction}
-            stream.write(json.dumps(record, ensure_ascii=False) + "\n")
-
-
-def merge_adapters(model_args, folder: str) -> None:
-    """Write base and adapters as one plain model to `folder`/merged, in a process that DeepSpeed has not touched."""
-    flags = {"--adapter_dir": folder, "--output_dir": f"{folder}/merged", "--cache_dir": model_args.cache_dir}
-    flags |= {"--model_name_or_path": model_args.model_name_or_path, "--model_revision": model_args.model_revision}
-    command = [sys.executable, str(MERGE_TOOL), *(part for flag in flags.items() if flag[1] for part in flag)]
-    command += ["--trust_remote_code"] * model_args.trust_remote_code
-    token = {"HF_TOKEN": model_args.token} if model_args.token else {}
-    if subprocess.run(command, env=os.environ | token).returncode != 0:
-        raise UsageError(f"--merge_lora: {MERGE_TOOL.name} failed; the adapters themselves are in {folder}")
-
-
-# ------------------------------------------------------------------------------------------------ main
+        reports.write_answers(trainer.args.output_dir, rows, trainer.answers)
 
 
 def print_absent(training_args) -> None:
     """Say what each absent companion costs."""
-    companions = zip(ABSENT.items(), (guards, reports, fast_batches, zero_adafactor), strict=True)
-    for (name, cost), module in companions:
-        if module is None and training_args.process_index == 0:
+    for name, cost in ABSENT.items():
+        if globals()[name.removesuffix(".py")] is None and training_args.process_index == 0:
             print(f"{name} is not beside this script: {cost}", flush=True)
 
 
@@ -1023,7 +883,7 @@ def main(argv: list[str] | None = None) -> dict:
     data_format, columns = find_format(next(iter(raw.values())).column_names, data_args)
     config, tokenizer, limit = load_tokenizer(model_args, data_args)
     template = set_prompt_template(tokenizer, data_args, data_format) if data_format != "text" else "none"
-    splits = encode_splits(raw, tokenizer, limit, data_args, training_args)
+    splits = encode_splits(raw, data_format, columns, tokenizer, limit, data_args, training_args)
     if training_args.process_index == 0:
         print(f"data format: {data_format} ({', '.join(columns)}); prompt template: {template}", flush=True)
     if reports:
@@ -1031,7 +891,7 @@ def main(argv: list[str] | None = None) -> dict:
         counts = reports.audit(splits, tokenizer, starts_with_bos(tokenizer), **judge)
     if data_args.audit_only:
         return counts
-    splits = {split: encoded.select(find_usable(encoded)) for split, encoded in splits.items()}
+    splits = {split: rows.select(np.flatnonzero(np.array(rows["problem"][:]) == "")) for split, rows in splits.items()}
 
     # Model, batches, loss, trainer
     model = load_causal_model(config, tokenizer, model_args, training_args)
@@ -1041,15 +901,13 @@ def main(argv: list[str] | None = None) -> dict:
     if training_args.do_train:
         settings = (splits["train"], limit, collator, data_args, training_args)
         train_rows, train_collator, callbacks, loss = choose_rows(model, *settings)
-    answer_config = make_answer_config(model, tokenizer, data_args, training_args)
+    generate = reports.choose_generation(model, tokenizer, data_args, training_args) if reports else None
     if training_args.do_train and training_args.predict_with_generate and "validation" in splits:
-        shown = splits["validation"].select(range(min(SHOWN_SAMPLES, len(splits["validation"]))))
-        write = partial(reports.write_answers, rows=shown, tokenizer=tokenizer, config=answer_config)
-        callbacks.append(reports.SampleCallback(shown, write))
+        callbacks.append(reports.show_answers(generate, splits["validation"]))
     trainer = InstructTrainer(
         model=model,
         args=training_args,
-        train_dataset=FilledRows(train_rows, tokenizer.eos_token_id) if training_args.do_train else None,
+        train_dataset=add_filler(train_rows, tokenizer.eos_token_id) if training_args.do_train else None,
         eval_dataset=splits.get("validation"),
         processing_class=tokenizer,
         data_collator=collator,
@@ -1057,11 +915,11 @@ def main(argv: list[str] | None = None) -> dict:
         compute_loss_func=loss,
         callbacks=callbacks,
         optimizer_cls_and_kwargs=zero_adafactor.choose(training_args) if zero_adafactor else None,
-        answer_config=answer_config,
+        generate=generate,
         rouge_language=data_args.rouge_language,
     )
-    if reports:
-        reports.start_tracking(trainer, model_args, data_args)
+    if guards:
+        guards.start_tracking(trainer, model_args, data_args)
     if training_args.do_train:
         if reports and trainer.is_world_process_zero():
             optimizer = zero_adafactor.describe(training_args, model) if zero_adafactor else training_args.optim.value
@@ -1078,12 +936,12 @@ def main(argv: list[str] | None = None) -> dict:
         if split in splits:
             evaluate_split(trainer, splits[split], prefix)
     trainer.save_state()
-    if reports:
-        reports.write_reports(trainer, "text-generation", model_args, data_args)
+    if guards:
+        guards.write_reports(trainer, "text-generation", model_args, data_args)
     if model_args.merge_lora and training_args.do_train and trainer.is_world_process_zero():
-        merge_adapters(model_args, training_args.output_dir)
-    results = f"{training_args.output_dir}/all_results.json"
-    return json.loads(Path(results).read_text()) if trainer.is_world_process_zero() else {}
+        lora.merge(model_args, training_args.output_dir)
+    results = Path(training_args.output_dir, "all_results.json")
+    return json.loads(results.read_text()) if trainer.is_world_process_zero() else {}
 
 
 if __name__ == "__main__":

@@ -21,15 +21,14 @@ A model larger than a GPU:
 
 import argparse
 import copy
-import csv
 import datetime
-import hashlib
 import json
 import os
 import resource
 import sys
 import time
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,7 +36,6 @@ import datasets
 import numpy as np
 import torch
 import transformers
-from datasets import load_dataset
 from tqdm.auto import tqdm
 from transformers import (
     AutoConfig,
@@ -52,17 +50,22 @@ from transformers.generation import GenerationMode
 from transformers.hf_argparser import HfArg
 from transformers.integrations import HfDeepSpeedConfig
 
-# The companion beside this script. Without it the texts are the same; describe_generation() says what is lost.
-try:
+# The companions beside this script. Without them the texts are the same; WITHOUT says what is lost.
+guards = tables = generation_store = None
+with suppress(ModuleNotFoundError):
     import guards
-    from guards import UsageError
-except ModuleNotFoundError:
-    guards, UsageError = None, ValueError
+with suppress(ModuleNotFoundError):
+    import tables
+with suppress(ModuleNotFoundError):
+    import generation_store
+UsageError = guards.UsageError if guards else ValueError
 
-WITHOUT_GUARDS = (
-    "guards.py is not beside this script: bad input ends late, in a traceback; an --output_file that is there is "
-    "overwritten; --deepspeed needs a launcher; each rank on a CPU starts a thread a core"
-)
+WITHOUT = {
+    "guards.py": "bad input ends late, in a traceback; an --output_file that is there is overwritten; --deepspeed "
+    "needs a launcher; each rank on a CPU starts a thread a core",
+    "generation_store.py": "a run that is killed begins again",
+    "tables.py": "a table is .csv, .json, .jsonl or .parquet, and its columns are not checked to be text",
+}
 
 FILE_TYPES = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
@@ -123,7 +126,9 @@ class GenerationDataArguments:
     """Which table to read and write, and how it is cut into batches."""
 
     output_file: str | None = HfArg(default=None, help="The table to write: .csv, .jsonl or .parquet.")
-    input_file: str | None = HfArg(default=None, help="The table: .csv, .json, .jsonl or .parquet.")
+    input_file: str | None = HfArg(default=None, help="The table: .csv, .tsv, .json, .jsonl or .parquet.")
+    delimiter: str | None = HfArg(default=None, help="What separates a .csv's fields, if not a comma.")
+    file_encoding: str | None = HfArg(default=None, help="Encoding of text files, if not UTF-8, e.g. cp1252.")
     dataset_name: str | None = HfArg(default=None, help="A dataset's name on the hub, or a folder.")
     dataset_config_name: str | None = HfArg(default=None, help="Configuration of that dataset.")
     dataset_split: str = HfArg(default="test", help="Split of that dataset.")
@@ -177,8 +182,9 @@ def parse_generation_arguments(argv: list[str]):
     args.local_rank = int(os.environ.get("LOCAL_RANK", args.local_rank))
     args.max_tokens_per_batch = args.max_tokens_per_batch or (8192 if args.use_cpu else 16384)
     values, decoding = split_flags(args)
+    problems = tables.find_problems(args, ["input_file"], find_text_column) if tables else []
     if guards:
-        guards.check_generation(args, decoding, find_text_column)
+        guards.check_generation(args, decoding, problems)
         guards.start_ranks(args)
     return *parser.parse_dict(values), decoding
 
@@ -216,21 +222,21 @@ def join_ranks(model_args) -> None:
 def load_table(data_args, model_args):
     """The input as a datasets.Dataset; of a CSV every column as text, so that it comes out as it went in."""
     hub = {"cache_dir": model_args.cache_dir, "token": model_args.token}
-    name, path, options = data_args.dataset_name, data_args.input_file, {}
-    if name is not None:
-        table = load_dataset(name, data_args.dataset_config_name, split=data_args.dataset_split, **hub)
+    if data_args.dataset_name is not None:
+        name, config, split = data_args.dataset_name, data_args.dataset_config_name, data_args.dataset_split
+        table = datasets.load_dataset(name, config, split=split, **hub)
     else:
-        file_type = FILE_TYPES[Path(path).suffix.lower()]
-        if file_type == "csv":
-            with open(path, newline="", encoding="utf-8-sig") as stream:
-                columns = next(csv.reader(stream))
-            features = datasets.Features({name: datasets.Value("string") for name in columns})
-            options = {"features": features, "keep_default_na": False}
-        try:
-            table = load_dataset(file_type, data_files=path, split="train", **hub, **options)
-        except datasets.exceptions.DatasetGenerationError as error:
-            raise UsageError(f"--input_file {path}: cannot be read: {error.__cause__ or error}") from None
+        args = argparse.Namespace(**vars(data_args), **vars(model_args))
+        table = (
+            tables.read_table(data_args.input_file, args, typed=True) if tables else load_file(data_args.input_file)
+        )
     return table.select(range(min(data_args.max_samples or len(table), len(table))))
+
+
+def load_file(path: str):
+    """A file by the datasets library; a .txt is one text."""
+    options = {".txt": {"sample_by": "document"}, ".csv": {"keep_default_na": False}}.get(Path(path).suffix, {})
+    return datasets.load_dataset(FILE_TYPES.get(Path(path).suffix, "text"), data_files=path, split="train", **options)
 
 
 def find_text_column(columns: list[str], args) -> str:
@@ -460,78 +466,31 @@ def read_zero3_config(model_args) -> dict:
     return config
 
 
-# ------------------------------------------------------------------------------------------------ results on disk
+# ------------------------------------------------------------------------------------------------ results
 
 
-class Store:
-    """
-    Finished rows on disk: a line of JSON for each batch in OUTPUT_FILE.parts/, a file for each rank and start.
+class MemoryStore:
+    """Finished rows in memory; generation_store.py's has them on disk too."""
 
-    A line is written at once and synced, so a kill loses at most the batch under way; a torn last line is passed
-    over. Batches are planned alike whatever is finished, so a run that goes on ends with the same table.
-    """
-
-    def __init__(self, folder: Path, settings: dict, rank: int):
-        self.folder, self.rank, self.stream = folder, rank, None
-        self.digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
+    def __init__(self):
         self.found = {}  # (round, row) -> text
 
-    def open(self) -> None:
-        """Read what is finished. Raises UsageError if it belongs to other arguments. All ranks must call it."""
-        mark = self.folder / "settings.txt"
-        if self.rank == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if not mark.exists():
-                mark.write_text(self.digest, encoding="utf-8")
-        wait_for_all()
-        if mark.read_text(encoding="utf-8") != self.digest:
-            raise UsageError(
-                f"{self.folder} holds the rows of a run with other arguments or another input: remove it to begin "
-                "again, or name another --output_file"
-            )
-        for path in sorted(self.folder.glob("*.jsonl")):
-            for line in path.read_text(encoding="utf-8").split("\n"):
-                try:
-                    batch = json.loads(line)
-                except ValueError:
-                    continue  # empty, or torn by a kill
-                self.found.update({(batch["round"], row): text for row, text in batch["rows"]})
-        wait_for_all()  # before any rank writes
-        self.stream = open(self.folder / f"{time.time_ns()}-{self.rank}.jsonl", "w", encoding="utf-8")
-
     def add(self, round_number: int, rows: list[tuple[int, str]]) -> None:
-        self.stream.write(json.dumps({"round": round_number, "rows": rows}, ensure_ascii=False) + "\n")
-        self.stream.flush()
-        os.fsync(self.stream.fileno())
         self.found.update({(round_number, row): text for row, text in rows})
 
-    def share(self) -> None:
-        """Give every rank what the others finished; all ranks must call it."""
-        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-            parts = [None] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(parts, self.found)
-            for part in parts:
-                self.found.update(part)
 
-    def remove(self) -> None:
-        self.stream.close()
-        for path in [*self.folder.glob("*.jsonl"), self.folder / "settings.txt"]:
-            path.unlink()
-        self.folder.rmdir()
+def share(store) -> None:
+    """Give every rank what the others finished; all ranks must call it."""
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        parts = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(parts, store.found)
+        for part in parts:
+            store.found.update(part)
 
 
 def wait_for_all() -> None:
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
-
-
-def describe_settings(table, text_column: str, model_args, data_args, decoding: dict) -> dict:
-    """What a run that goes on must have in common with the one before: the arguments, the rows, the weights' dates."""
-    folder = Path(model_args.model_name_or_path)
-    weights = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(folder.glob("*.safetensors"))]
-    arguments = {k: v for k, v in vars(model_args).items() if k not in ("token", "local_rank")}
-    rows = hashlib.sha256(json.dumps(table[text_column], default=str).encode()).hexdigest()
-    return {"model": arguments, "data": vars(data_args), "decoding": decoding, "weights": weights, "rows": rows}
 
 
 # ------------------------------------------------------------------------------------------------ batches
@@ -614,7 +573,7 @@ def generate_batch(generator: Generator, prompts: list[list[int]], rows: list[in
 # ------------------------------------------------------------------------------------------------ rounds
 
 
-def generate_round(generator: Generator, store: Store, texts: list, number: int, title: str) -> tuple[list[str], int]:
+def generate_round(generator: Generator, store, texts: list, number: int, title: str) -> tuple[list[str], int]:
     """
     Generate for texts (None gives ""), each rank its share; all outputs in order, and how many prompts were cut.
 
@@ -639,11 +598,11 @@ def generate_round(generator: Generator, store: Store, texts: list, number: int,
                 store.add(number, [(rows[i], generator.decode(outputs[n])) for n, i in enumerate(batch)])
             bar.update(sum(len(batch) for batch in left[turn * world : (turn + 1) * world]))
     bar.close()
-    store.share()
+    share(store)
     return [store.found.get((number, i), "") for i in range(len(texts))], num_cut
 
 
-def summarise_groups(generator: Generator, store: Store, groups: dict[str, list[str]]) -> list[dict]:
+def summarise_groups(generator: Generator, store, groups: dict[str, list[str]]) -> list[dict]:
     """
     One text of all texts of each group: as many as fit are put together, their summaries again, until it is one.
 
@@ -696,7 +655,7 @@ def find_groups(table, texts: list, data_args) -> tuple[dict, int]:
     return large, len(groups) - len(large)
 
 
-def make_group_table(generator: Generator, store: Store, groups: dict[str, list[str]], data_args):
+def make_group_table(generator: Generator, store, groups: dict[str, list[str]], data_args):
     """(a table with a row a group: its value, how many texts, rounds and cut texts, and the output; texts cut)."""
     results = summarise_groups(generator, store, groups)
     columns = {data_args.group_by: list(groups)}
@@ -733,7 +692,11 @@ def describe_generation(generator: Generator, table, text_column: str) -> str:
     settings = ", ".join(f"{k}={v}" for k, v in given.items() if not k.endswith("_token_id"))
     return "\n".join(
         [
-            *([] if guards else [WITHOUT_GUARDS]),
+            *(
+                f"{name} is not beside this script: {cost}"
+                for name, cost in WITHOUT.items()
+                if not globals()[name[:-3]]
+            ),
             f"{len(table)} rows, column {text_column!r}, {kind}, prompts of at most {prompts.limit} tokens",
             f"{type(model).__name__} in {str(model.dtype).removeprefix('torch.')} on {model.device}: {settings}",
         ]
@@ -774,11 +737,10 @@ def main(argv: list[str] | None = None) -> dict:
     counts = {"rows": len(table), "written": 0, "without a text": texts.count(None)}
     if data_args.group_by is not None:
         groups, counts["groups left out"] = find_groups(table, texts, data_args)
-    folder = Path(f"{data_args.output_file}.parts")
-    store = Store(folder, describe_settings(table, text_column, model_args, data_args, decoding), rank)
-    store.open()
-    if rank == 0 and store.found:
-        print(f"going on: {len(store.found)} outputs are in {folder}", flush=True)
+    store = MemoryStore()
+    if generation_store:
+        settings = generation_store.describe_settings(table, text_column, model_args, data_args, decoding)
+        store = generation_store.open_store(f"{data_args.output_file}.parts", settings, rank)
     if data_args.group_by is None:
         outputs, counts["cut"] = generate_round(generator, store, texts, 0, "Generating")
         result = table.add_column(data_args.output_column, outputs)
@@ -791,7 +753,7 @@ def main(argv: list[str] | None = None) -> dict:
         print_counts({**counts, "seconds": round(time.perf_counter() - started, 1)})
         print(f"written: {data_args.output_file}", flush=True)
     wait_for_all()
-    if rank == 0:
+    if generation_store and rank == 0:
         store.remove()
     return counts
 

@@ -24,6 +24,7 @@ A smoke run on the CPU, under a minute (no flag says CPU: where there is no acce
 """
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -36,7 +37,6 @@ from pathlib import Path
 import datasets
 import numpy as np
 import torch
-from datasets import load_dataset
 from transformers import (
     AutoConfig,
     AutoModelForSeq2SeqLM,
@@ -49,29 +49,27 @@ from transformers import (
 )
 from transformers.hf_argparser import HfArg
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 # The companions beside this script. Without them it trains to the same losses and weights; ABSENT says what is lost.
-try:
+guards = tables = reports = fast_batches = zero_adafactor = None
+with suppress(ModuleNotFoundError):
     import guards
-    from guards import UsageError
-except ModuleNotFoundError:
-    guards, UsageError = None, ValueError
-try:
+with suppress(ModuleNotFoundError):
+    import tables
+with suppress(ModuleNotFoundError):
     import reports
-except ModuleNotFoundError:
-    reports = None
-try:
+with suppress(ModuleNotFoundError):
     import fast_batches
-except ModuleNotFoundError:
-    fast_batches = None
-try:
+with suppress(ModuleNotFoundError):
     import zero_adafactor
-except ModuleNotFoundError:
-    zero_adafactor = None
+UsageError = guards.UsageError if guards else ValueError
 
 ABSENT = {
-    "guards.py": "bad input ends late, in a traceback; a killed run goes on only with --resume_from_checkpoint",
-    "reports.py": "no samples, curves, model card or audit of labels, and two runs in MLflow",
+    "guards.py": "bad input ends late, in a traceback; a killed run goes on only with --resume_from_checkpoint; no "
+    "curves or model card, and two runs in MLflow",
+    "tables.py": "data as .csv, .json, .jsonl, .parquet or .txt only, and columns are not checked to be text",
+    "reports.py": "no audit of labels, no samples, no list of decisions",
     "fast_batches.py": "batches are padded and all logits made: the same losses, about twice the time, more memory",
     "zero_adafactor.py": "under ZeRO --optim adafactor is the library's, which does not factor there: 4 bytes of "
     "state a parameter, and updates that depend on the number of ranks",
@@ -132,6 +130,8 @@ class DataTrainingArguments:
     train_file: str | None = HfArg(default=None, help="Training data: .csv, .json, .jsonl or .parquet.")
     validation_file: str | None = HfArg(default=None, help="Validation data, same formats.")
     test_file: str | None = HfArg(default=None, help="Data for --do_predict, same formats.")
+    delimiter: str | None = HfArg(default=None, help="What separates a .csv's fields, if not a comma.")
+    file_encoding: str | None = HfArg(default=None, help="Encoding of text files, if not UTF-8, e.g. cp1252.")
     overwrite_cache: bool = HfArg(default=False, help="Tokenise again instead of using the cache.")
     preprocessing_num_workers: int | None = HfArg(default=None, help="Processes for tokenisation.")
     max_source_length: int = HfArg(default=1024, help="Longest source in tokens; the rest is cut.")
@@ -183,8 +183,10 @@ def parse_arguments(argv: list[str], classes: tuple, find_columns, find_problems
     if args.bf16 is None or args.pure_bf16:  # of pure bf16 there is nothing left to cast
         args.bf16 = choose_bf16(args)
     problems = find_problems(args)
+    if tables:
+        problems += tables.find_problems(args, ["train_file", "validation_file", "test_file"], find_columns)
     if guards:
-        guards.check_training(args, find_columns, problems)
+        guards.check_training(args, problems)
         guards.start_ranks(args)
     elif problems:
         raise UsageError("\n".join(problems))
@@ -245,19 +247,18 @@ def load_raw_datasets(data_args, model_args):
     """A DatasetDict with `train`, `validation` and `test` as far as they were given, from files or the hub."""
     hub = {"cache_dir": model_args.cache_dir, "token": model_args.token}
     if data_args.dataset_name is not None:
-        return load_dataset(data_args.dataset_name, data_args.dataset_config_name, **hub)
+        return datasets.load_dataset(data_args.dataset_name, data_args.dataset_config_name, **hub)
     files = {"train": data_args.train_file, "validation": data_args.validation_file, "test": data_args.test_file}
-    raw = datasets.DatasetDict()
-    for split, path in files.items():
-        if path is not None:
-            file_type = FILE_TYPES.get(Path(path).suffix.lower(), "text")
-            # A .txt is one text, not one a line; without keep_default_na pandas reads the answer "None" as missing.
-            options = {"text": {"sample_by": "document"}, "csv": {"keep_default_na": False}}.get(file_type, {})
-            try:
-                raw[split] = load_dataset(file_type, data_files={split: path}, split=split, **hub, **options)
-            except datasets.exceptions.DatasetGenerationError as error:
-                raise UsageError(f"{path}: cannot be read as {file_type}: {error.__cause__ or error}") from error
-    return raw
+    files = {split: path for split, path in files.items() if path is not None}
+    args = argparse.Namespace(**vars(data_args), **vars(model_args))
+    load = partial(tables.read_table, args=args) if tables else load_file
+    return datasets.DatasetDict({split: load(path) for split, path in files.items()})
+
+
+def load_file(path: str):
+    """A file by the datasets library; a .txt is one text."""
+    options = {".txt": {"sample_by": "document"}, ".csv": {"keep_default_na": False}}.get(Path(path).suffix, {})
+    return datasets.load_dataset(FILE_TYPES.get(Path(path).suffix, "text"), data_files=path, split="train", **options)
 
 
 def find_columns(columns: list[str], args) -> tuple[str, str]:
@@ -477,41 +478,40 @@ def compute_token_loss(outputs, labels, num_items_in_batch=None, label_smoothing
     return token_loss_sum(outputs.logits, labels, label_smoothing) / items
 
 
-class FilledRows(torch.utils.data.Dataset):
-    """Rows of a tokenised dataset by index, and at index -1 a filler that asks for no token and so has no loss."""
-
-    def __init__(self, rows, filler_token: int):
-        self.rows = rows
-        self.filler = {"input_ids": [filler_token], "attention_mask": [1], "labels": [-100]}
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict:
-        return self.filler if index < 0 else self.rows[index]
+def add_filler(rows, token: int):
+    """The rows, and after them a filler that asks for no token and so has no loss."""
+    filler = {"input_ids": [token], "attention_mask": [1], "labels": [-100]}
+    return torch.utils.data.ConcatDataset([rows, [filler]])
 
 
 class FilledSampler(torch.utils.data.Sampler):
     """
-    Random order, seeded by seed and epoch, then -1 until the last batch of every rank is full.
+    Rows in the order of --train_sampling_strategy, then the last one, a filler, until every rank's last batch is full.
 
     Left to itself accelerate fills the last batches with rows from the front, which are then trained on twice, and
-    how many there are depends on the number of ranks.
+    how many there are depends on the number of ranks. The order is that of the whole batch, on any number of ranks.
     """
 
-    def __init__(self, num_rows: int, multiple: int, seed: int):
-        self.num_rows, self.fill, self.seed, self.epoch = num_rows, -num_rows % multiple, seed, 0
+    def __init__(self, rows, args):
+        self.rows, self.args, self.count, self.epoch = rows, args, len(rows) - 1, 0
+        self.fill = -self.count % (args.per_device_train_batch_size * args.world_size) if args.world_size > 1 else 0
 
     def __len__(self) -> int:
-        return self.num_rows + self.fill
+        return self.count + self.fill
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __iter__(self):
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        yield from torch.randperm(self.num_rows, generator=generator).tolist()
-        yield from [-1] * self.fill
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        order, generator = range(self.count), torch.Generator().manual_seed(seed * 1_000_003 + self.epoch)
+        if self.args.train_sampling_strategy == "random":
+            order = torch.randperm(self.count, generator=generator).tolist()
+        elif self.args.train_sampling_strategy == "group_by_length":
+            lengths = [len(self.rows[i]["input_ids"]) for i in order]
+            whole = self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
+            order = get_length_grouped_indices(lengths, whole, generator=generator)
+        return itertools.chain(order, [self.count] * self.fill)
 
 
 class TokenMeanTrainer(Seq2SeqTrainer):
@@ -531,10 +531,9 @@ class TokenMeanTrainer(Seq2SeqTrainer):
     def get_train_dataloader(self):
         """The stock one with the training rows' collator."""
         plain, self.data_collator = self.data_collator, self.train_collator
-        try:
-            return super().get_train_dataloader()
-        finally:
-            self.data_collator = plain
+        loader = super().get_train_dataloader()
+        self.data_collator = plain
+        return loader
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         """The stock one; a loss that is made inside the output layer is given the labels there."""
@@ -543,12 +542,9 @@ class TokenMeanTrainer(Seq2SeqTrainer):
             return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _get_train_sampler(self, train_dataset=None):
-        """The seeded random order of FilledSampler; other strategies and --dataloader_drop_last as in the library."""
-        if self.args.train_sampling_strategy != "random" or self.args.dataloader_drop_last:
-            return super()._get_train_sampler(train_dataset)
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        multiple = self.args.per_device_train_batch_size * self.args.world_size if self.args.world_size > 1 else 1
-        return FilledSampler(len(self.train_dataset), multiple, seed)
+        """FilledSampler's order; --dataloader_drop_last as in the library."""
+        filled = FilledSampler(self.train_dataset, self.args)
+        return super()._get_train_sampler() if self.args.dataloader_drop_last else filled
 
     def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
         """The stock loop, with every row gathered once and the loss taken over the tokens of the whole set."""
@@ -676,9 +672,8 @@ def write_predictions(path: Path, rows, predictions: list[str]) -> None:
 
 def print_absent(training_args) -> None:
     """Say what each absent companion costs."""
-    companions = zip(ABSENT.items(), (guards, reports, fast_batches, zero_adafactor), strict=True)
-    for (name, cost), module in companions:
-        if module is None and training_args.process_index == 0:
+    for name, cost in ABSENT.items():
+        if globals()[name.removesuffix(".py")] is None and training_args.process_index == 0:
             print(f"{name} is not beside this script: {cost}", flush=True)
 
 
@@ -728,7 +723,7 @@ def main(argv: list[str] | None = None) -> dict:
     trainer = SummarizationTrainer(
         model=model,
         args=training_args,
-        train_dataset=FilledRows(splits["train"][1], tokenizer.eos_token_id) if "train" in splits else None,
+        train_dataset=add_filler(splits["train"][1], tokenizer.eos_token_id) if "train" in splits else None,
         eval_dataset=splits["validation"][1] if "validation" in splits else None,
         processing_class=target_tokenizer,  # the trainer sets the model's start, end and padding by it
         data_collator=collator,
@@ -738,8 +733,8 @@ def main(argv: list[str] | None = None) -> dict:
         callbacks=callbacks,
         optimizer_cls_and_kwargs=zero_adafactor.choose(training_args) if zero_adafactor else None,
     )
-    if reports:
-        reports.start_tracking(trainer, model_args, data_args)
+    if guards:
+        guards.start_tracking(trainer, model_args, data_args)
 
     # Train
     if training_args.do_train:
@@ -757,8 +752,8 @@ def main(argv: list[str] | None = None) -> dict:
         if split in splits:
             score_split(trainer, *splits[split], prefix)
     trainer.save_state()
-    if reports:
-        reports.write_reports(trainer, "summarization", model_args, data_args)
+    if guards:
+        guards.write_reports(trainer, "summarization", model_args, data_args)
     results = Path(training_args.output_dir) / "all_results.json"
     return json.loads(results.read_text()) if trainer.is_world_process_zero() else {}
 

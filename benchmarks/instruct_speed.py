@@ -74,11 +74,11 @@ def encode(args: argparse.Namespace, folder: str):
         argv, script.INSTRUCT_ARGUMENTS, script.find_format, script.find_instruct_problems, remove_unused_columns=False
     )
     raw = script.load_raw_datasets(data_args, model_args)
-    data_format, _ = script.find_format(raw["train"].column_names, data_args)
+    data_format, columns = script.find_format(raw["train"].column_names, data_args)
     config, tokenizer, limit = script.load_tokenizer(model_args, data_args)
     script.set_prompt_template(tokenizer, data_args, data_format)
-    splits = script.encode_splits(raw, tokenizer, limit, data_args, training_args)
-    splits = {name: rows.select(script.find_usable(rows)) for name, rows in splits.items()}
+    splits = script.encode_splits(raw, data_format, columns, tokenizer, limit, data_args, training_args)
+    splits = {name: rows.filter(lambda row: not row["problem"]) for name, rows in splits.items()}
     splits = {name: rows.select_columns(["input_ids", "labels"]) for name, rows in splits.items()}
     return splits, tokenizer, script.load_causal_model(config, tokenizer, model_args, training_args)
 

@@ -189,9 +189,7 @@ def choose_task(path, columns, args):
     if args.source_prefix and not is_pair:
         raise ValueError(f"--source_prefix {args.source_prefix!r}: goes with texts and summaries, {path} has none")
     label = args.label_column or next((name for name in ("category", "label") if name in columns), None)
-    task = {"pair": "summarization", "chat": "chat", "sharegpt": "chat", "text": "text"}.get(
-        data_format, "instruction"
-    )
+    task = {"pair": "summarization", "chat": "chat", "text": "text"}.get(data_format, "instruction")
     return {"task": task, "format": data_format, "columns": names, "label": label}
 
 
@@ -310,7 +308,9 @@ def count_tokens(rows, task, tokenizer, prefix):
     unknown = -1 if tokenizer.unk_token_id is None else tokenizer.unk_token_id
     if task["task"] in ("instruction", "chat"):
         columns = {name: [row.get(name) for row in rows] for name in task["columns"]}
-        encoded = encode_chats(columns, tokenizer, task["format"], task["columns"], limit=sys.maxsize)
+        encoded = encode_chats(
+            columns, range(len(rows)), tokenizer, task["format"], task["columns"], limit=sys.maxsize
+        )
         (ids, lengths), learned = flatten(encoded["input_ids"]), np.array(encoded["supervised_tokens"])
         return ids, lengths - learned, learned, sum_rows(ids == unknown, lengths), encoded["problem"]
     ids, lengths = tokenize(tokenizer, [prefix + row[task["columns"][0]] for row in rows])

@@ -200,8 +200,8 @@ def generate(args: argparse.Namespace, script) -> None:
 
     output = Path(data_args.output_file)
     folder = output.with_name(output.name + ".parts")
-    describe = script.describe_settings(table, text_column, model_args, data_args, decoding)
-    store = script.Store(folder, describe, rank=0)
+    describe = script.generation_store.describe_settings(table, text_column, model_args, data_args, decoding)
+    store = script.generation_store.Store(folder, describe, rank=0)
     store.open()
     if store.found:
         print(f"going on: {len(store.found)} outputs are in {folder}", flush=True)

@@ -123,8 +123,10 @@ def find_generate_problems(args: argparse.Namespace, flags: dict) -> list[str]:
         values["output_file"] = os.path.join(values["output_file"], "part.parquet")
     values["deepspeed"], values["measure_latency"] = None, 0
     if script.guards:
+        args = argparse.Namespace(**values)
+        found = script.tables.find_problems(args, ["input_file"], script.find_text_column) if script.tables else []
         try:
-            script.guards.check_generation(argparse.Namespace(**values), flags["decoding"], script.find_text_column)
+            script.guards.check_generation(args, flags["decoding"], found)
         except script.UsageError as error:
             problems += str(error).split("\n")
     return problems + find_java_problems(args.timeout) + find_master_problems(args.master, args.timeout)
@@ -155,19 +157,6 @@ def make_spark_settings(args: argparse.Namespace) -> dict[str, str]:
 
 
 # ------------------------------------------------------------------------------------------------ on the workers
-
-
-class Kept:
-    """run_generation.Store without its files: Spark runs a failed task again."""
-
-    def __init__(self):
-        self.found = {}
-
-    def add(self, number: int, rows: list[tuple[int, str]]) -> None:
-        self.found.update({(number, row): text for row, text in rows})
-
-    def share(self) -> None:
-        pass
 
 
 class Columns(dict):
@@ -268,7 +257,9 @@ def make_group_function(frozen: str):
     def generate(batches: Iterator[pd.Series]) -> Iterator[pd.DataFrame]:
         for lists in batches:
             generator = load_once(frozen)
-            results = script.summarise_groups(generator, Kept(), {i: list(texts) for i, texts in enumerate(lists)})
+            results = script.summarise_groups(
+                generator, script.MemoryStore(), {i: list(texts) for i, texts in enumerate(lists)}
+            )
             yield pd.DataFrame(results, columns=list(GROUP_COLUMNS))
 
     return generate
@@ -320,7 +311,7 @@ def generate_table(table, flags: dict, num_partitions: int | None = None):
     from pyspark.sql import functions as F
 
     context = table.sparkSession.sparkContext
-    for module in (sys.modules["spark_train"], script, script.guards):
+    for module in (sys.modules["spark_train"], script, script.guards, script.tables):
         if module:
             context.addPyFile(module.__file__)
     context.addPyFile(__file__)

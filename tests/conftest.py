@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from launch_places import cluster, master  # noqa: F401  fixtures
 
@@ -123,10 +124,25 @@ def run_warm(script: Path, *words, cwd: Path, ranks: int = 0, port: int = 0, che
     return done
 
 
+def make_once(tmp_path_factory, name: str, make) -> Path:
+    """A folder that make(folder) fills, once for all of xdist's workers."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / name
+    with FileLock(f"{folder}.lock"):
+        if not folder.with_suffix(".done").exists():
+            folder.mkdir()
+            make(folder)
+            folder.with_suffix(".done").touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def work(tmp_path_factory) -> Path:
     """A folder with train.csv (90 rows), validation.csv (13 rows: odd on purpose) and tiny-t5 (no dropout)."""
-    folder = tmp_path_factory.mktemp("work")
+    return make_once(tmp_path_factory, "work", make_work)
+
+
+def make_work(folder: Path) -> None:
     write_csv(folder / "train.csv", make_rows(90, 1))
     write_csv(folder / "validation.csv", make_rows(13, 2))
     write_csv(folder / "many.csv", make_rows(800, 3))
@@ -136,33 +152,35 @@ def work(tmp_path_factory) -> Path:
     config = folder / "tiny-t5/config.json"
     config.write_text(config.read_text().replace('"dropout_rate": 0.1', '"dropout_rate": 0.0'))
     assert '"dropout_rate": 0.0' in config.read_text()
-    return folder
 
 
 @pytest.fixture(scope="session")
-def trained(work) -> Path:
+def trained(tmp_path_factory, work) -> Path:
     """A tiny T5 trained by run_summarization.py, started as a user does; the folder it wrote."""
-    folder = work / "first"
-    folder.mkdir()
+    return make_once(tmp_path_factory, "first", functools.partial(make_trained, work=work)) / "out"
+
+
+def make_trained(folder: Path, work: Path) -> None:
     done = run(
         [sys.executable, ROOT / "run_summarization.py", "--model_name_or_path", work / "tiny-t5", "--do_train"]
         + ["--do_eval", "--train_file", work / "many.csv", "--validation_file", work / "validation.csv"]
         + ["--source_prefix", "summarize: ", "--optim", "adafactor", "--learning_rate", "2e-2", "--max_steps", "150"]
         + ["--per_device_train_batch_size", "32", "--predict_with_generate", "--max_target_length", "12"]
         + ["--max_source_length", "64", "--eval_on_start", "--logging_steps", "25", "--save_strategy", "no"]
-        + ["--bf16", "--run_name", "first", "--output_dir", "out"],
+        + ["--run_name", "first", "--output_dir", "out"],
         cwd=folder,
     )
     (folder / "printed.txt").write_text(done.stdout)
-    return folder / "out"
 
 
 @pytest.fixture(scope="session")
 def place(tmp_path_factory) -> Path:
     """A folder with train.jsonl (64 instructions), validation.jsonl (13: odd on purpose) and tiny-llama."""
-    folder = tmp_path_factory.mktemp("clm")
+    return make_once(tmp_path_factory, "clm", make_place)
+
+
+def make_place(folder: Path) -> None:
     write_jsonl(folder / "train.jsonl", make_instructions(64, 1))
     write_jsonl(folder / "validation.jsonl", [r | {"context": "Held out."} for r in make_instructions(13, 2)])
     words = ["--architecture", "llama", "--preset", "tiny", "--train_file", "train.jsonl", "--vocab_size", "600"]
     run_warm(ROOT / "tools/init_model.py", *words, "--output_dir", "tiny-llama", cwd=folder)
-    return folder

@@ -10,7 +10,9 @@ import pytest
 import copy_script as tool
 from conftest import ROOT, run
 
-COMPANIONS = ["fast_batches.py", "guards.py", "reports.py", "zero_adafactor.py"]
+COMPANIONS = ["fast_batches.py", "guards.py", "reports.py", "tables.py", "zero_adafactor.py"]
+CHAT = ["chat_turns.py", "lora.py", "tools/merge_lora.py"]
+CHAT += [f"prompt_templates/{name}.jinja" for name in ("alpaca", "chatml", "llama2")]
 
 
 def copy(script: str, to: Path, *ds_configs: str) -> int:
@@ -26,8 +28,8 @@ def list_files(folder: Path) -> list[str]:
     "script, used",
     [
         ("run_summarization.py", COMPANIONS),
-        ("run_clm_instruct.py", [*COMPANIONS, "tools/merge_lora.py"]),
-        ("run_generation.py", ["guards.py"]),
+        ("run_clm_instruct.py", [*COMPANIONS, *CHAT]),
+        ("run_generation.py", ["generation_store.py", "guards.py", "tables.py"]),
         ("guards.py", []),
         ("tools/merge_lora.py", []),
         ("tools/plan_run.py", ["guards.py", "tools/init_model.py", "zero_adafactor.py"]),
@@ -40,11 +42,11 @@ def test_a_script_comes_with_what_it_uses_and_with_nothing_else(script, used, tm
         assert (tmp_path / "new/mine" / name).read_bytes() == (ROOT / name).read_bytes()
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith(f"{tmp_path}/new/mine/{script}: ") and len(lines) == 1 + len(used)
-    assert all(re.fullmatch(r"\S+\.py: [A-Z].{30,}\.", line) for line in lines)
+    assert all(re.fullmatch(r"\S+\.py: [A-Z].{30,}\.|\S+\.jinja: --prompt_template \w+", line) for line in lines)
 
 
 def test_the_programs_that_scripts_start_are_known():
-    for script in sorted(ROOT.glob("run_*.py")):
+    for script in [*sorted(ROOT.glob("run_*.py")), ROOT / "lora.py"]:
         named = re.findall(r"tools/\w+\.py|\"tools\" / \"\w+\.py\"", script.read_text())
         called = {name.replace('" / "', "/").strip('"') for name in named} - {"tools/join_models.py"}  # only spoken of
         assert called == set(tool.STARTED.get(script.name, [])), script.name
@@ -69,7 +71,7 @@ def test_equal_files_stay_and_missing_ones_are_added(tmp_path, capsys):
     capsys.readouterr()
     assert copy("run_summarization.py", tmp_path) == 0
     assert {path: path.stat().st_mtime_ns for path in before} == before
-    assert capsys.readouterr().out.count(" (was there): ") == 4 and (tmp_path / "guards.py").is_file()
+    assert capsys.readouterr().out.count(" (was there): ") == 5 and (tmp_path / "guards.py").is_file()
 
 
 def test_files_that_differ_are_all_named_and_nothing_is_copied(tmp_path, capsys):
@@ -109,5 +111,6 @@ def test_make_copy_is_this_tool(tmp_path):
         "DS_CONFIGS=zero2.json zero3.json",
     ]
     done = run(words, cwd=ROOT)
-    assert list_files(to) == ["ds_configs/zero2.json", "ds_configs/zero3.json", "guards.py", "run_generation.py"]
+    used = ["generation_store.py", "guards.py", "run_generation.py", "tables.py"]
+    assert list_files(to) == ["ds_configs/zero2.json", "ds_configs/zero3.json", *used]
     assert f"{to}/run_generation.py: " in done.stdout

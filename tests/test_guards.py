@@ -38,7 +38,9 @@ def test_a_missing_file_is_named(arguments):
 
 def test_an_unknown_ending_is_named_with_the_known_ones(arguments, tmp_path):
     (tmp_path / "a.xlsx").write_text("x")
-    assert "unknown ending; known are .csv, .json, .jsonl, .parquet" in arguments(train=tmp_path / "a.xlsx")
+    assert "unknown ending; known are .csv, .tsv, .json, .jsonl, .parquet, .txt" in arguments(
+        train=tmp_path / "a.xlsx"
+    )
 
 
 def test_a_missing_column_is_named_with_those_there_are(arguments):

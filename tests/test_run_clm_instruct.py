@@ -299,10 +299,10 @@ def arguments(place, tmp_path):
     "changed, said",
     [
         ({"train_file": "nowhere.jsonl"}, "--train_file nowhere.jsonl: there is no such file"),
-        ({"data_format": "qa"}, "--data_format qa: must be one of dolly, alpaca, chat, sharegpt, prompt, text"),
+        ({"data_format": "qa"}, "--data_format qa: must be one of dolly, alpaca, chat, prompt, text"),
         ({"data_format": "chat"}, "needs the columns messages (chat); it has instruction, context, response"),
         ({"text_column": "body"}, "has no column 'body' (--text_column); it has instruction"),
-        ({"prompt_template": "dolphin"}, "--prompt_template dolphin: neither one of dolly, alpaca"),
+        ({"prompt_template": "dolphin"}, "--prompt_template dolphin: neither one of dolly, plain, alpaca"),
         ({"max_seq_length": "9000"}, "--max_seq_length 9000: the model has 512 positions; give 512"),
         ({"max_new_tokens": "0"}, "--max_new_tokens 0: must be 1 or more"),
         ({"lora_r": "-1"}, "--lora_r -1: must be 0 or more"),
@@ -332,10 +332,10 @@ def test_a_broken_jinja_file_is_refused_before_anything_is_loaded(arguments, tmp
     "flags, said",
     [
         (["--prompt_template", "chat"], "--prompt_template chat: the tokenizer has no chat template"),
-        (["--max_seq_length", "20", "--prompt_template", "plain"], "answers have no stop token"),
+        (["--max_seq_length", "20", "--prompt_template", "plain"], "46 of 64 rows are longer than --max_seq_length"),
         (
             ["--max_seq_length", "8", "--prompt_template", "plain"],
-            "none of the 64 rows can be used: 64 x no room for an",
+            "none of the 64 rows can be used: 64 x longer than --max_seq_length",
         ),
         (["--validation_file", "TRAIN", "--do_eval"], "prompts are in the training data"),
     ],

@@ -17,6 +17,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig
 
+import generation_store
 import run_generation as script
 from conftest import ROOT, make_instructions, make_rows, run, run_warm, write_csv, write_jsonl
 
@@ -348,7 +349,7 @@ def count_lines(folder: Path) -> int:
 
 
 def test_rows_of_other_arguments_are_not_mixed_in(trained, table, tmp_path):
-    store = script.Store(tmp_path / "out.csv.parts", {"other": "arguments"}, 0)
+    store = generation_store.Store(tmp_path / "out.csv.parts", {"other": "arguments"}, 0)
     store.open()
     done = run_warm(*command(trained, table, tmp_path / "out.csv"), cwd=tmp_path, check=False)
     assert done.returncode == 2 and "Traceback" not in done.stdout
@@ -384,7 +385,7 @@ def test_a_group_is_joined_in_order_into_as_few_parts_as_fit(trained):
 
 def test_a_group_of_one_text_takes_one_round_with_the_output_of_the_text_alone(trained, tmp_path):
     generator = make_generator(trained, tmp_path, max_new_tokens=8)
-    store = script.Store(tmp_path / "parts", {}, 0)
+    store = generation_store.Store(tmp_path / "parts", {}, 0)
     store.open()
     (result,) = script.summarise_groups(generator, store, {"P1": ["The lens is great."]})
     alone = generator.decode(generate_alone(generator, ["The lens is great."])[0])

@@ -40,7 +40,7 @@ def test_the_script_trains_and_learns(trained):
 
 
 def test_predictions_hold_every_row_once_in_order(trained, work):
-    rows = script.load_dataset("csv", data_files=str(work / "validation.csv"), split="train")
+    rows = script.datasets.load_dataset("csv", data_files=str(work / "validation.csv"), split="train")
     predictions = read_predictions(trained)
     assert [p["source"] for p in predictions] == rows["review_body"]
     assert [p["reference"] for p in predictions] == rows["review_headline"]
@@ -210,13 +210,18 @@ def test_rouge_equals_rouge_score_on_known_texts():
 # ------------------------------------------------------------------------------------------------ small parts
 
 
-def test_the_filled_sampler_gives_every_row_once_and_the_same_order_at_any_number_of_ranks():
-    one, four = script.FilledSampler(10, 1, 3), script.FilledSampler(10, 16, 3)
+@pytest.mark.parametrize("strategy", ["random", "sequential", "group_by_length"])
+def test_the_filled_sampler_gives_every_row_once_and_the_same_order_at_any_number_of_ranks(strategy):
+    rows = script.add_filler([{"input_ids": [0] * (i * 7 % 10 + 1)} for i in range(10)], 1)
+    args = {"train_sampling_strategy": strategy, "seed": 3, "data_seed": None, "gradient_accumulation_steps": 2}
+    one = SimpleNamespace(**args, per_device_train_batch_size=8, train_batch_size=8, world_size=1)
+    four = SimpleNamespace(**args, per_device_train_batch_size=2, train_batch_size=2, world_size=4)
+    one, four = script.FilledSampler(rows, one), script.FilledSampler(rows, four)
     assert list(four)[:10] == list(one) and sorted(one) == list(range(10))
-    assert list(four)[10:] == [-1] * 6 and len(four) == 16
+    assert list(four)[10:] == [10] * 6 and len(four) == 16 and rows[10]["labels"] == [-100]
     first = list(one)
     one.set_epoch(1)
-    assert list(one) != first
+    assert list(one) != first or strategy != "random"
 
 
 def test_rows_are_cut_counted_and_prefixed(work):

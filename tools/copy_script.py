@@ -24,8 +24,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 OFFLOADED = {"offload_optimizer": "optimizer", "offload_param": "weights"}  # a DeepSpeed file's keys
-# Programs that a script starts, which its imports do not show.
-STARTED = {"run_clm_instruct.py": ["tools/merge_lora.py"]}
+# What files of this repository use beside their imports: programs that they start, templates that they read.
+STARTED = {"lora.py": ["tools/merge_lora.py"]}
+ALSO_READ = {"run_clm_instruct.py": sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("prompt_templates/*.jinja"))}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Arguments
@@ -59,13 +60,13 @@ def find_imported(path):
 
 def find_used(path):
     """Return a file and all that it uses, directly or not, itself first."""
-    used = []
-    waiting = [path, *map(Path, STARTED.get(str(path), []))]
+    used, waiting = [], [path]
     while waiting:
         name = waiting.pop(0)
         if name not in used:
             used.append(name)
-            waiting += find_imported(name)
+            found = find_imported(name) if name.suffix == ".py" else []
+            waiting += found + [Path(p) for p in STARTED.get(str(name), []) + ALSO_READ.get(str(name), [])]
     return used
 
 
@@ -74,6 +75,8 @@ def describe_file(path):
     text = (ROOT / path).read_text(encoding="utf-8")
     if path.suffix == ".py":
         return (ast.get_docstring(ast.parse(text)) or "").split("\n")[0]
+    if path.suffix == ".jinja":
+        return f"--prompt_template {path.stem}"
     zero = json.loads(text).get("zero_optimization", {})
     offloaded = [what for key, what in OFFLOADED.items() if zero.get(key, {}).get("device") == "cpu"]
     return f"DeepSpeed, ZeRO stage {zero.get('stage', 0)}" + "".join(f", {what} in host memory" for what in offloaded)

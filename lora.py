@@ -1,0 +1,64 @@
+# Copyright 2026 The plaintune authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.8", "transformers>=5.17", "peft"]
+# ///
+"""
+Low-rank adapters for run_clm_instruct.py's --lora_r, by peft: put on, and merged with their base at the end.
+
+In the order in which a run meets them: find_problems, add_adapters, merge.
+"""
+
+import argparse
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+try:
+    from guards import UsageError
+except ModuleNotFoundError:
+    UsageError = ValueError
+
+MERGE_TOOL = Path(__file__).parent / "tools/merge_lora.py"
+
+
+def find_problems(args: argparse.Namespace) -> list[str]:
+    """What is wrong with the flags of the adapters."""
+    checks = {
+        f"--lora_r {args.lora_r}: must be 0 or more": args.lora_r < 0,
+        f"--lora_r {args.lora_r}: needs peft: pip install peft": args.lora_r and not importlib.util.find_spec("peft"),
+        f"--lora_dropout {args.lora_dropout}: must lie in 0 to 1, 1 left out": not 0 <= args.lora_dropout < 1,
+        f"--lora_alpha {args.lora_alpha}: must be above 0": not 0 < args.lora_alpha < float("inf"),
+        "--merge_lora: there is nothing to merge without --lora_r": args.merge_lora and not args.lora_r,
+        "--merge_lora: needs tools/merge_lora.py; copy it beside this script": args.merge_lora
+        and not MERGE_TOOL.is_file(),
+    }
+    return [problem for problem, holds in checks.items() if holds]
+
+
+def add_adapters(model, model_args, training_args):
+    """LoRA adapters on the model (https://arxiv.org/abs/2106.09685) by peft; everything else is frozen."""
+    import peft
+
+    targets = model_args.lora_target_modules or "all-linear"
+    settings = {"r": model_args.lora_r, "lora_alpha": model_args.lora_alpha, "lora_dropout": model_args.lora_dropout}
+    if training_args.gradient_checkpointing:
+        model.enable_input_require_grads()  # else no gradient enters the first checkpointed block
+    try:
+        config = peft.LoraConfig(**settings, target_modules=targets, task_type="CAUSAL_LM")
+        return peft.get_peft_model(model, config)
+    except ValueError as error:
+        raise UsageError(f"--lora_target_modules {targets}: {error}") from None
+
+
+def merge(model_args, folder: str) -> None:
+    """Write base and adapters as one plain model to `folder`/merged, in a process that DeepSpeed has not touched."""
+    flags = {"--adapter_dir": folder, "--output_dir": f"{folder}/merged", "--cache_dir": model_args.cache_dir}
+    flags |= {"--model_name_or_path": model_args.model_name_or_path, "--model_revision": model_args.model_revision}
+    command = [sys.executable, str(MERGE_TOOL), *(part for flag in flags.items() if flag[1] for part in flag)]
+    command += ["--trust_remote_code"] * model_args.trust_remote_code
+    token = {"HF_TOKEN": model_args.token} if model_args.token else {}
+    if subprocess.run(command, env=os.environ | token).returncode != 0:
+        raise UsageError(f"--merge_lora: {MERGE_TOOL.name} failed; the adapters themselves are in {folder}")
