@@ -7,7 +7,8 @@
 What a chat's turn may hold besides role and text: tools and their calls, reasoning, weights, a question's context.
 
 Optional beside run_clm_instruct.py and run_generation.py, which refuse such turns without it. In the order in which a
-row meets them: read_turn, read_tools, write_chat, find_hidden. RowError is a sentence that rows are counted by.
+row meets them: read_turn, read_tools, write_chat, add_empty_thought, find_hidden. RowError is a sentence by which rows
+are counted.
 """
 
 import copy
@@ -53,8 +54,8 @@ def read_turn(turn: dict, drop_keys=()) -> dict:
     for function in list_functions(turn):
         with suppress(LookupError, TypeError, ValueError):  # OpenAI has JSON there, most templates want the object
             function["arguments"] = json.loads(function["arguments"])
-    if reasoning := next((turn[key] for key in TEMPLATE_KEYS[:3] if key in turn), None):
-        turn |= dict.fromkeys(TEMPLATE_KEYS[:3], str(reasoning).strip())
+    if reasoning := [str(turn.pop(key)) for key in TEMPLATE_KEYS[:3] if key in turn]:
+        turn |= dict.fromkeys(TEMPLATE_KEYS[:3], reasoning[0].strip())
     context = str(turn.pop("context", "")).strip()
     turn |= {"context": context} if context and role == "user" else {}
     return {"role": role, "content": content.strip(), **turn} | ({"weight": 0} if 0 in weights else {})
@@ -108,6 +109,23 @@ def write_chat(write, messages: list[dict], **options) -> str:
     for function in (function for message in messages for function in list_functions(message)):
         function["arguments"] = json.dumps(function.get("arguments", {}), ensure_ascii=False)
     return write(messages, **options)
+
+
+def add_empty_thought(text: str, messages: list[dict], write, split_at_turn, stops: tuple) -> str:
+    """
+    The text of a chat with what the generation prompt adds to the last answer's header, if that is a pair of tokens.
+
+    Such as <think></think>, by which models that reason are told not to: generations then begin after it, so what is
+    trained on does too. One token alone opens a thought that the answer does not have.
+    """
+    prompt, last = write(messages[:-1], add_generation_prompt=True), len(messages) - 1
+    if text.startswith(prompt):
+        return text
+    before = split_at_turn(messages, last, write)[0]
+    added = prompt[len(before) :] if prompt.startswith(before) else ""
+    is_pair = added and len(re.findall("|".join(map(re.escape, stops)), added)) % 2 == 0
+    plain = text.startswith(before + messages[last]["content"]) and not messages[last].get("reasoning_content")
+    return prompt + text[len(before) :] if is_pair and plain else text
 
 
 def find_hidden(message: dict, text: str) -> str | None:

@@ -50,6 +50,7 @@ REPLACED_FLAGS = {
     "--no_packing": "use --packing false",
     "--resize_position_embeddings": "give a --max_source_length within the model's positions",
     "--train_on_prompt": "use --assistant_only_loss false",
+    "--measure_latency": "benchmarks/latency.py times rows one by one",
 }
 
 # Columns of other kinds of data for chat models: left out, they would change what is learned.
@@ -593,7 +594,7 @@ def check_generation(args: argparse.Namespace, decoding: dict, problems=()) -> N
     problems = list(problems)
     if (args.input_file is None) == (args.dataset_name is None):
         problems.append("give either --input_file or --dataset_name")
-    if args.output_file is None and not args.measure_latency:
+    if args.output_file is None:
         problems.append("--output_file is missing: where the table goes")
     if args.output_file is not None and not args.output_file.lower().endswith((".csv", ".jsonl", ".parquet")):
         problems.append(f"--output_file {args.output_file}: unknown ending; known are .csv, .jsonl, .parquet")
@@ -604,8 +605,6 @@ def check_generation(args: argparse.Namespace, decoding: dict, problems=()) -> N
             problems.append(f"--{flag} {getattr(args, flag)}: must be 1 or more")
     if args.dtype not in ("auto", "float32", "bfloat16", "float16"):
         problems.append(f"--dtype {args.dtype}: must be auto, float32, bfloat16 or float16")
-    if args.measure_latency and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        problems.append("--measure_latency: times one process; start it with `python`")
     for flag in ("model_name_or_path", "assistant_model_name_or_path"):
         if getattr(args, flag) is not None:
             problems += find_folder_problems(f"--{flag}", getattr(args, flag))

@@ -407,6 +407,8 @@ def lay_out(messages: list[dict], tokenizer, tools: list | None = None) -> Chat:
     """
     write, stops = partial(render, tokenizer=tokenizer, tools=tools), find_stop_tokens(tokenizer)
     text, answers, final = write(messages).rstrip(), [], messages[-1]
+    if chat_turns:
+        text = chat_turns.add_empty_thought(text, messages, write, split_at_turn, stops)
     if chat_turns and chat_turns.find_hidden({"tools": tools}, text):
         raise RowError("the template leaves out the tools (--drop_keys tools goes without)")
     for turn, message in enumerate(messages):
@@ -559,7 +561,7 @@ def encode_chats(
             continue
         turns = ["\0".join(filter(None, (m["content"], m.get("context")))) for m in messages]
         prompts = [turn for turn, message in zip(turns, messages, strict=True) if message["role"] == "user"]
-        row |= {"prompt_hash": hash_text("\0".join(prompts)), "row_hash": hash_text(str((messages, tools)))}
+        row |= {"prompt_hash": hash_text("\0".join(prompts)), "row_hash": hash_text(json.dumps([messages, tools]))}
         row["special_tokens_in_text"] = int(any(map(special.search, turns)))
         todo.append((row, messages, tools))
     while todo:

@@ -24,15 +24,17 @@ import copy
 import datetime
 import json
 import os
-import resource
+import re
 import sys
 import time
 import warnings
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import datasets
+import jinja2
 import numpy as np
 import torch
 import transformers
@@ -51,19 +53,23 @@ from transformers.hf_argparser import HfArg
 from transformers.integrations import HfDeepSpeedConfig
 
 # The companions beside this script. Without them the texts are the same; WITHOUT says what is lost.
-guards = tables = generation_store = None
+guards = tables = chat_turns = generation_store = None
 with suppress(ModuleNotFoundError):
     import guards
 with suppress(ModuleNotFoundError):
     import tables
 with suppress(ModuleNotFoundError):
+    import chat_turns
+with suppress(ModuleNotFoundError):
     import generation_store
 UsageError = guards.UsageError if guards else ValueError
+RowError = chat_turns.RowError if chat_turns else ValueError  # why there is no prompt of a row
 
 WITHOUT = {
     "guards.py": "bad input ends late, in a traceback; an --output_file that is there is overwritten; --deepspeed "
     "needs a launcher; each rank on a CPU starts a thread a core",
     "generation_store.py": "a run that is killed begins again",
+    "chat_turns.py": "chats with tools, tool calls or reasoning are refused",
     "tables.py": "a table is .csv, .json, .jsonl or .parquet, and its columns are not checked to be text",
 }
 
@@ -71,7 +77,9 @@ FILE_TYPES = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "par
 
 # Text columns of well-known data sets, tried in this order; `messages` and `instruction` make chat prompts, and of
 # `instruction` a column `context` or `input` is part.
-TEXT_COLUMNS = ("messages", "instruction", "prompt", "review_body", "article", "document", "dialogue", "text")
+TEXT_COLUMNS = ("messages", "instruction", "prompt", "question", "review_body", "article", "document", "dialogue")
+TEXT_COLUMNS += ("text",)
+CHAT_COLUMNS = ("tools", "system", "system_prompt")  # which belong to a row's chat, whatever its format
 
 # Fields of GenerationConfig that change what generate() returns, or that this script sets itself.
 NOT_FLAGS = {"output_attentions", "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate"}
@@ -133,6 +141,7 @@ class GenerationDataArguments:
     dataset_config_name: str | None = HfArg(default=None, help="Configuration of that dataset.")
     dataset_split: str = HfArg(default="test", help="Split of that dataset.")
     text_column: str | None = HfArg(default=None, help="Texts or chat messages. Default: a name of TEXT_COLUMNS.")
+    drop_keys: list[str] | None = HfArg(default=None, help="Columns, or keys of turns, to do without if refused.")
     output_column: str = HfArg(default="prediction", help="Name of the new column.")
     source_prefix: str | None = HfArg(default=None, help="Text put before every text. Default: as in training.")
     max_source_length: int | None = HfArg(default=None, help="Longest prompt in tokens. Default: 1024 or the model's.")
@@ -143,7 +152,6 @@ class GenerationDataArguments:
         default=None, help="Most rows x longest prompt x beams in a batch. Default: 16384 on a GPU, 8192 on a CPU."
     )
     seed: int = HfArg(default=42, help="Seed of sampling.")
-    measure_latency: int = HfArg(default=0, help="Time this many rows one by one; a table of times, no output.")
 
 
 GENERATION_ARGUMENTS = (GenerationModelArguments, GenerationDataArguments)
@@ -253,23 +261,58 @@ def find_text_column(columns: list[str], args) -> str:
     return known
 
 
-def read_texts(table, text_column: str, is_chat: bool) -> list:
-    """The text of every row, or its chat messages; None where there is none."""
-    columns = [name for name in (text_column, "context", "input") if name in table.column_names]
-    if text_column != "instruction":
-        columns = [text_column]
-    texts = []
-    for values in zip(*(table[name] for name in columns), strict=True):
-        text, extra = values[0], next((v for v in values[1:] if v and str(v).strip()), None)
-        if isinstance(text, list):
-            texts.append(text or None)
-        elif text is None or not str(text).strip():
-            texts.append(None)
-        elif extra is not None and is_chat:
-            texts.append([{"role": "user", "content": str(text).strip(), "context": str(extra).strip()}])
-        else:
-            texts.append("\n\n".join(str(part) for part in (text, extra) if part is not None))
+def list_columns(columns: list[str], text_column: str) -> list[str]:
+    """The text column and those of its prompt: the context of an instruction, a chat's tools and system text."""
+    more = (*(("context", "input") if text_column == "instruction" else ()), *CHAT_COLUMNS)
+    return [name for name in (text_column, *more) if name in columns]
+
+
+def read_texts(table, text_column: str, is_chat: bool, drop_keys=()) -> list:
+    """read_prompt() of every row; raises UsageError with the number of a row, from 0, that cannot be one."""
+    names, texts = [n for n in list_columns(table.column_names, text_column) if n not in drop_keys], []
+    for row, cells in enumerate(zip(*(table[name] for name in names), strict=True)):
+        try:
+            texts.append(read_prompt(dict(zip(names, cells, strict=True)), text_column, is_chat, drop_keys))
+        except RowError as error:
+            raise UsageError(f"--text_column {text_column}: row {row}: {error}") from None
     return texts
+
+
+def read_prompt(cells: dict, text_column: str, is_chat: bool, drop_keys=()):
+    """A row's text, its chat messages, or with tools {"messages", "tools"}; None where there is none."""
+    text = parse_turns(cells[text_column])
+    context = next((cells[n] for n in ("context", "input") if str(cells.get(n) or "").strip()), None)
+    if not str(text if text or text == 0 else "").strip():
+        return None
+    if not isinstance(text, list) and not is_chat:
+        return "\n\n".join(str(part) for part in (text, context) if part is not None)
+    turns = [{"role": "system", "content": cells[name]} for name in CHAT_COLUMNS[1:] if cells.get(name)]
+    tools = chat_turns.read_tools(cells.get("tools")) if chat_turns else cells.get("tools")
+    if not isinstance(text, list) and not (turns or tools or context):
+        return str(text)
+    turns += text if isinstance(text, list) else [{"role": "user", "content": str(text), "context": context}]
+    messages = [to_message(turn, drop_keys) for turn in turns]
+    while len(messages) > 1 and messages[-1]["role"] == "assistant":
+        messages.pop()  # the answer that is to be generated
+    return {"messages": messages, "tools": tools} if tools else messages
+
+
+def parse_turns(cell):
+    """A list of turns from its JSON, as CSV files and tables.py have it; anything else as it is."""
+    with suppress(TypeError, ValueError):
+        turns = json.loads(cell)
+        return turns if isinstance(turns, list) and all("role" in turn for turn in turns) else cell
+    return cell
+
+
+def to_message(turn: dict, drop_keys=()) -> dict:
+    """A turn as a message: role, content and perhaps context, stripped; chat_turns.py knows what else it may hold."""
+    if chat_turns:
+        return chat_turns.read_turn(turn, drop_keys)
+    if not isinstance(turn, dict) or any(turn[key] for key in {*turn} - {"role", "content", "context", *drop_keys}):
+        raise RowError("a turn of more than role and content needs chat_turns.py beside this script")
+    message = {key: str(turn[key]).strip() for key in ("role", "content", "context") if turn.get(key)}
+    return {"content": "", **{key: text for key, text in message.items() if text}}
 
 
 def write_table(table, path: Path) -> None:
@@ -288,6 +331,20 @@ def write_table(table, path: Path) -> None:
 # ------------------------------------------------------------------------------------------------ prompts
 
 
+def render(messages: list[dict], tokenizer, tools: list | None = None, add_generation_prompt: bool = False) -> str:
+    """The chat as the template writes it; raises RowError with the template's own message."""
+    takes_context = re.search(r"\.context\b|['\"]context['\"]", str(tokenizer.chat_template))
+    if not takes_context and any("context" in m for m in messages):
+        texts = ["\n\n".join(filter(None, (m["content"], m.get("context")))) for m in messages]
+        messages = [{**m, "content": text, "context": ""} for m, text in zip(messages, texts, strict=True)]
+    write = tokenizer.apply_chat_template
+    write = partial(chat_turns.write_chat, write) if chat_turns else write
+    try:
+        return write(messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt)
+    except (jinja2.TemplateError, TypeError, ValueError) as error:  # what a template can raise
+        raise RowError(f"the template says: {error}") from None
+
+
 @dataclass
 class Prompts:
     """Turns a row's text into a prompt's token ids: prefix or chat template, cut to the limit."""
@@ -298,13 +355,16 @@ class Prompts:
     limit: int
 
     def render(self, text) -> str:
-        """The prompt of a text, or of chat messages (a list of dicts), as text."""
+        """The prompt of what read_prompt() returns, as text."""
+        chat = text if isinstance(text, dict) else {"messages": text, "tools": None}
         if not self.is_chat:
-            return self.prefix + (text if isinstance(text, str) else "\n".join(m["content"] or "" for m in text))
-        messages = [{"role": "user", "content": self.prefix + text}] if isinstance(text, str) else text
-        while len(messages) > 1 and messages[-1]["role"] == "assistant":
-            messages = messages[:-1]  # the answer that is to be generated
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            return self.prefix + (text if isinstance(text, str) else "\n".join(m["content"] for m in chat["messages"]))
+        if isinstance(text, str):
+            chat = {"messages": [{"role": "user", "content": f"{self.prefix}{text}".strip()}], "tools": None}
+        try:
+            return render(chat["messages"], self.tokenizer, chat["tools"], add_generation_prompt=True)
+        except RowError as error:
+            raise UsageError(f"a chat that begins {str(chat['messages'][0])[:80]!r}: {error}") from None
 
     def encode(self, texts: list) -> tuple[list[list[int]], list[bool]]:
         """Token ids of each prompt, at most `limit`, and whether it was cut."""
@@ -324,13 +384,14 @@ class Prompts:
             ending = self.tokenizer("", add_special_tokens=True)["input_ids"]
             keep = ending[-1:] if ending[-1:] == [self.tokenizer.eos_token_id] and ids[-1:] == ending[-1:] else []
             return ids[: self.limit - len(keep)] + keep
-        messages = [{"role": "user", "content": text}] if isinstance(text, str) else [dict(m) for m in text]
-        longest = max(messages, key=lambda m: len(m["content"] or ""))
-        excess = len(ids) - self.limit
+        chat = copy.deepcopy(text if isinstance(text, dict) else {"messages": text, "tools": None})
+        if isinstance(text, str):
+            chat["messages"] = [{"role": "user", "content": text}]
+        longest, excess = max(chat["messages"], key=lambda m: len(m["content"])), len(ids) - self.limit
         while excess > 0 and longest["content"]:
             words = self.tokenizer(longest["content"], add_special_tokens=False, verbose=False)["input_ids"]
             longest["content"] = self.tokenizer.decode(words[: max(len(words) - excess, 0)], skip_special_tokens=True)
-            ids = self.tokenize([self.render(messages)])[0]
+            ids = self.tokenize([self.render(chat)])[0]
             excess = max(len(ids) - self.limit, 0)
         return ids[-self.limit :]
 
@@ -664,22 +725,6 @@ def make_group_table(generator: Generator, store, groups: dict[str, list[str]], 
     return datasets.Dataset.from_dict(columns), sum(columns["num_cut"])
 
 
-def measure_latency(generator: Generator, texts: list) -> dict[str, float]:
-    """Generate for texts one at a time: milliseconds at the 50th, 95th and 99th percentile, tokens/s, peak memory."""
-    ids, _ = generator.prompts.encode([text for text in texts if text is not None])
-    generate_batch(generator, ids[:1], [0])  # the first one pays for start-up
-    times, tokens = [], 0
-    for row, prompt in enumerate(tqdm(ids, desc="One at a time", unit="row")):
-        start = time.perf_counter()
-        tokens += len(generate_batch(generator, [prompt], [row])[0])  # as a list: a GPU has finished by then
-        times.append(1000 * (time.perf_counter() - start))
-    on_gpu = generator.model.device.type == "cuda"
-    peak = torch.cuda.max_memory_allocated() if on_gpu else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    results = {f"p{q}_ms": round(float(np.percentile(times, q)), 1) for q in (50, 95, 99)}
-    results |= {"rows": len(times), "tokens_per_second": round(1000 * tokens / sum(times), 1)}
-    return results | {"peak_memory_gb": round(peak / 1e9, 3)}
-
-
 # ------------------------------------------------------------------------------------------------ main
 
 
@@ -708,7 +753,7 @@ def print_counts(counts: dict) -> None:
 
 
 def main(argv: list[str] | None = None) -> dict:
-    """Generate as the arguments say; returns the counts, or with --measure_latency the times."""
+    """Generate as the arguments say; returns the counts."""
     model_args, data_args, decoding = parse_generation_arguments(sys.argv[1:] if argv is None else argv)
     datasets.disable_progress_bars()
     transformers.utils.logging.set_verbosity_error()
@@ -721,17 +766,9 @@ def main(argv: list[str] | None = None) -> dict:
     table = load_table(data_args, model_args)
     text_column = find_text_column(table.column_names, data_args)
     generator = load_generator(model_args, data_args, decoding)
-    texts = read_texts(table, text_column, generator.prompts.is_chat)
+    texts = read_texts(table, text_column, generator.prompts.is_chat, data_args.drop_keys or ())
     if rank == 0:
         print(describe_generation(generator, table, text_column), flush=True)
-
-    # One row at a time, no table
-    if data_args.measure_latency:
-        times = measure_latency(generator, texts[: data_args.measure_latency])
-        print_counts(times)
-        if data_args.output_file is not None:
-            Path(data_args.output_file).with_suffix(".latency.json").write_text(json.dumps(times, indent=2) + "\n")
-        return times
 
     # In batches, from where a killed run ended
     counts = {"rows": len(table), "written": 0, "without a text": texts.count(None)}

@@ -60,17 +60,19 @@ FORMATS = (
     ("dolly", {"instruction": "instruction", "context": "context", "response": "response"}),
     ("alpaca", {"instruction": "instruction", "context": "input", "response": "output"}),
     ("chat", {"messages": "messages"}),
-    ("sharegpt", {"messages": "conversations"}),
-    ("chat", {"messages": "conversation"}),
     ("prompt", {"instruction": "prompt", "response": "completion"}),
     ("prompt", {"instruction": "prompt", "response": "response"}),
     ("prompt", {"instruction": "question", "response": "answer"}),
+    ("prompt", {"instruction": "question", "response": "response"}),
     ("dolly", {"instruction": "instruction", "response": "response"}),
     ("alpaca", {"instruction": "instruction", "response": "output"}),
     ("text", {"text": "text"}),
+    ("sharegpt", {"messages": "conversations"}),
+    ("sharegpt", {"messages": "conversation"}),
 )
 OPTIONAL_FIELDS = {"context": "context", "category": "category"}
-ROLES = {role: role for role in ("system", "user", "assistant", "tool")}
+CHAT_FIELDS = {"tools": "tools", "system": "system"}  # taken along with chats as they are
+ROLES = {role: role for role in ("system", "developer", "user", "assistant", "tool")}
 ROLES |= {"human": "user"} | dict.fromkeys(("gpt", "chatgpt", "bot", "model"), "assistant")
 HELD_ROWS = 20_000  # rows in memory at a time; the clean ones wait in a temporary file beside the output
 NAMED_PER_REASON = 5  # dropped rows that are named for each reason; all of them are counted
@@ -130,7 +132,7 @@ def choose_layout(path, columns, args):
     asked = f"--text_column {args.text_column}" if args.text_column else f"--format {args.format}"
     for name, fields in layouts:
         if all(columns.count(column) == 1 for column in fields.values()):
-            extra = OPTIONAL_FIELDS if "instruction" in fields else {}
+            extra = OPTIONAL_FIELDS if "instruction" in fields else CHAT_FIELDS if "messages" in fields else {}
             return name, fields | {f: c for f, c in extra.items() if f not in fields and columns.count(c) == 1}
     known = [list(fields.values()) for _, fields in layouts]
     raise ValueError(
@@ -207,17 +209,27 @@ def clean_text(value, name, reason="could not be parsed", keep_indent=False):
 
 
 def clean_message(message):
-    """Return {"role", "content"} of a message, whose keys may also be from and value; RowDropped says what is off."""
+    """
+    Return a message with "role" and "content", whose keys may also be from and value; RowDropped says what is off.
+
+    Whatever else it holds (tool_calls, reasoning, weight, ...) goes along: the training script knows it or refuses it.
+    """
     if not isinstance(message, dict):
         raise RowDropped("malformed message", f"{type(message).__name__}, not an object")
     role = message.get("role") or message.get("from")
     content = message.get("content") if message.get("content") is not None else message.get("value")
+    extra = {
+        k: v
+        for k, v in message.items()
+        if k not in ("role", "from", "content", "value") and v not in (None, "", [], {})
+    }
+    content = "" if content is None and "tool_calls" in extra else content
     if not isinstance(role, str) or content is None:
         raise RowDropped("malformed message", f"no {'content' if isinstance(role, str) else 'role'}")
     role = clean_text(role, "role", "malformed message")
     if role.lower() not in ROLES:
         raise RowDropped(f"unknown role {role[:20]!r}", "")
-    return {"role": ROLES[role.lower()], "content": clean_text(content, "content", "malformed message")}
+    return {"role": ROLES[role.lower()], "content": clean_text(content, "content", "malformed message"), **extra}
 
 
 def clean_messages(messages, counts):
@@ -232,7 +244,7 @@ def clean_messages(messages, counts):
         raise RowDropped("not a list of messages", kind)
     messages = [clean_message(message) for message in messages]
     for role, reason in (("user", "empty instruction"), ("assistant", "empty answer")):
-        if any(message["role"] == role and not message["content"] for message in messages):
+        if any(m["role"] == role and not (m["content"] or m.get("tool_calls")) for m in messages):
             raise RowDropped(reason, "")
         if not any(message["role"] == role for message in messages):
             raise RowDropped(f"no {role} turn", "")
@@ -247,7 +259,8 @@ def clean_row(row, fields, counts):
         raise RowDropped("could not be parsed", row)
     values = {field: row.get(column) for field, column in fields.items()}
     if "messages" in fields:
-        return {"messages": clean_messages(values["messages"], counts)}
+        extra = {field: values[field] for field in CHAT_FIELDS if values.get(field)}
+        return {"messages": clean_messages(values["messages"], counts), **extra}
     if isinstance(values.get("instruction"), list):  # a prompt and its completion as lists of messages
         answer = values["response"] if isinstance(values["response"], list) else [values["response"]]
         return {"messages": clean_messages([*values["instruction"], *answer], counts)}

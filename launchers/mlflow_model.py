@@ -107,7 +107,7 @@ def read_prompts(table: pd.DataFrame, is_chat: bool) -> list:
         raise rg.UsageError(
             f"no column of {', '.join(PROMPT_COLUMNS)}; there are {', '.join(map(str, table.columns))}"
         )
-    names = [name for name in (*columns, "context") if name in table]
+    names = list(dict.fromkeys(name for column in columns for name in rg.list_columns(list(table), column)))
     rows = table[names]
     if len(rows) == 1:  # {"text": ["a", "b"]} comes as one row (mlflow 3.17)
         lists = [name for name in names if name != "messages" and not isinstance(rows[name].iloc[0], str | None)]
@@ -246,7 +246,7 @@ def log_model(args: argparse.Namespace):
         return mlflow.pyfunc.log_model(
             name=args.name,
             python_model=str(Path(__file__).resolve()),
-            code_paths=[module.__file__ for module in (rg, rg.guards) if module],
+            code_paths=[module.__file__ for module in (rg, rg.guards, rg.chat_turns) if module],
             artifacts=find_artifacts(folder),
             signature=make_signature(is_chat),
             input_example=make_example(is_chat),

@@ -18,7 +18,7 @@ Eight GPUs of a running cluster:
         --model_name_or_path /shared/out/t5-large --input_file /shared/reviews.parquet --output_file summaries.parquet
 
 Rows, columns and order are run_generation.py's. Its functions do the work: this file only carries prompts between
-them. --group_by, --measure_latency and --deepspeed need all ranks at once and stay with run_generation.py.
+them. --group_by and --deepspeed need all ranks at once and stay with run_generation.py.
 """
 
 import argparse
@@ -74,7 +74,7 @@ def parse_script_arguments(script, arguments: list[str], use_gpu: bool):
     """What run_generation.py makes of its arguments, those refused that need all ranks at once."""
     arguments = list(arguments) if use_gpu else [*arguments, "--use_cpu"]
     model_args, data_args, decoding = script.parse_generation_arguments(arguments)
-    alone = {"--group_by": data_args.group_by, "--measure_latency": data_args.measure_latency}
+    alone = {"--group_by": data_args.group_by}
     alone["--deepspeed"] = model_args.deepspeed
     if given := [flag for flag, value in alone.items() if value]:
         raise UsageError(f"{', '.join(given)}: only with run_generation.py itself, under python or torchrun")

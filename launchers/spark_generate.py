@@ -107,7 +107,7 @@ def find_generate_problems(args: argparse.Namespace, flags: dict) -> list[str]:
     problems = [f"--conf {pair}: must be KEY=VALUE" for pair in args.conf if "=" not in pair]
     if args.num_partitions is not None and args.num_partitions < 1:
         problems.append(f"--num_partitions {args.num_partitions}: must be 1 or more")
-    for flag in ("deepspeed", "measure_latency", "use_cpu"):
+    for flag in ("deepspeed", "use_cpu"):
         if values[flag] and (flag != "use_cpu" or args.use_gpu):
             problems.append(
                 f"--{flag}: does not go with {'--use_gpu' if flag == 'use_cpu' else 'Spark'}; leave it out"
@@ -121,7 +121,7 @@ def find_generate_problems(args: argparse.Namespace, flags: dict) -> list[str]:
         if Path(values["output_file"]).exists():
             problems.append(f"--output_file {values['output_file']}: exists and is kept; remove it, or name another")
         values["output_file"] = os.path.join(values["output_file"], "part.parquet")
-    values["deepspeed"], values["measure_latency"] = None, 0
+    values["deepspeed"] = None
     if script.guards:
         args = argparse.Namespace(**values)
         found = script.tables.find_problems(args, ["input_file"], script.find_text_column) if script.tables else []
@@ -311,7 +311,7 @@ def generate_table(table, flags: dict, num_partitions: int | None = None):
     from pyspark.sql import functions as F
 
     context = table.sparkSession.sparkContext
-    for module in (sys.modules["spark_train"], script, script.guards, script.tables):
+    for module in (sys.modules["spark_train"], script, script.guards, script.tables, script.chat_turns):
         if module:
             context.addPyFile(module.__file__)
     context.addPyFile(__file__)
@@ -319,9 +319,7 @@ def generate_table(table, flags: dict, num_partitions: int | None = None):
     if ROW not in table.columns:
         table = table.withColumn(ROW, F.monotonically_increasing_id())
     values["text_column"] = script.find_text_column(table.columns, argparse.Namespace(**values))
-    names = [values["text_column"]]
-    if names == ["instruction"]:
-        names += [name for name in ("context", "input") if name in table.columns]
+    names = script.list_columns(table.columns, values["text_column"])
     frozen = json.dumps({"values": values, "decoding": flags["decoding"]}, sort_keys=True)
     parts = num_partitions or 2 * context.defaultParallelism
     if values["group_by"] is not None:

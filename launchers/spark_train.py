@@ -62,7 +62,15 @@ PATH_OR_NAME_FLAG = re.compile(r"--(?:[a-z_]*_name_or_path|[a-z_]+_name|resume_f
 MADE_FLAG = re.compile(r"--(?:output_dir|logging_dir|cache_dir)")
 
 # What makes a script safe and fast where it lies beside it.
-COMPANIONS = ("guards.py", "reports.py", "fast_batches.py", "zero_adafactor.py")
+COMPANIONS = (
+    "guards.py",
+    "tables.py",
+    "chat_turns.py",
+    "reports.py",
+    "fast_batches.py",
+    "zero_adafactor.py",
+    "lora.py",
+)
 
 # What Spark asks of a "discovery script": {"name": "gpu", "addresses": ["0", "1"]}.
 LIST_GPUS = """#!/bin/sh

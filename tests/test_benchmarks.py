@@ -85,3 +85,15 @@ def test_the_start_up_table_names_what_main_calls_and_ends_after_the_first_step(
     assert "find_companion_problems" not in seconds  # called by parse_arguments, and counted there
     assert -0.05 < seconds["the rest"] < seconds["all"]  # nothing is counted twice
     assert not (tmp_path / "out/model.safetensors").exists()
+
+
+def test_latency_is_measured_row_by_row(trained, work, tmp_path):
+    words = ["--model_name_or_path", trained, "--input_file", work / "validation.csv", "--max_new_tokens", "4"]
+    done = run_warm(ROOT / "benchmarks/latency.py", *words, "--num_rows", "6", "--json", "t.json", cwd=tmp_path)
+    results = json.loads((tmp_path / "t.json").read_text())
+    assert results["rows"] == 6 and 0 < results["p50_ms"] <= results["p95_ms"] <= results["p99_ms"]
+    assert results["tokens_per_second"] > 0 and 0.1 < results["peak_memory_gb"] < 20
+    assert f"p50_ms{results['p50_ms']:>26}" in done.stdout
+    words = ["--model_name_or_path", trained, "--input_file", "none.csv"]
+    refused = run_warm(ROOT / "benchmarks/latency.py", *words, cwd=tmp_path, check=False)
+    assert refused.returncode == 1 and "Traceback" not in refused.stdout

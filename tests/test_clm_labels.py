@@ -317,6 +317,7 @@ FAMILIES = {
     "qwen2": (QWEN2, QWEN_TOKENS, "<|im_end|>", ("qwen", "gpt2")),
     "qwen3": (QWEN3, QWEN_TOKENS, "<|im_end|>", ("qwen",)),
     "think_prompt": (THINK_PROMPT, QWEN_TOKENS, "<|im_end|>", ("qwen",)),
+    "think_open": (THINK_PROMPT.replace(r"\n\n</think>\n\n", r"\n"), QWEN_TOKENS, "<|im_end|>", ("qwen",)),
     "gemma": (GEMMA, GEMMA_TOKENS, "<end_of_turn>", ("gemma", "legacy")),
     "phi3": (PHI3, PHI3_TOKENS, "<|end|>", ("legacy", "first")),
     "zephyr": (ZEPHYR, {}, "</s>", ("legacy", "first", "llama3")),
@@ -342,7 +343,7 @@ CASES = [
     for adds_bos in (True, False)
     if (adds_bos and tokens.get("bos", "<s>")) or (not adds_bos and kind == kinds[0])
 ]
-SINGLE = [case for case in CASES if case[0] != "think_prompt"]
+SINGLE = [case for case in CASES if case[0] not in ("think_prompt", "think_open")]
 
 
 def set_template(tokenizer, template: str, data_format: str = "chat") -> str:
@@ -730,11 +731,20 @@ def test_the_source_is_the_text_of_the_prompt(family, kind, adds_bos):
         assert encoded["source"] == text
 
 
+def test_an_empty_thought_that_the_generation_prompt_adds_stands_before_the_last_answer_too():
+    tokenizer, stop = make_case("think_prompt", "qwen", False)
+    for chat, encoded in encode_dialogues("think_prompt", "qwen", False):
+        assert encoded["source"].endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+        check_supervised(tokenizer, encoded, [chat[-1]["content"]], stop)
+        assert encoded["answers_unsupervised"] == len(list_answers(chat)) - 1
+        assert encoded["input_ids"][: encoded["prompt_length"]] == prompt_ids(tokenizer, chat[:-1])
+
+
 def test_a_template_whose_generations_begin_otherwise_than_what_is_trained_on_is_refused_with_both_endings():
-    tokenizer, _ = make_case("think_prompt", "qwen", False)
+    tokenizer, _ = make_case("think_open", "qwen", False)
     problems = set(encode_rows(tokenizer, QUESTIONS, *DOLLY)["problem"])
     assert problems == {encode_rows(tokenizer, [{"messages": make_chats(2)[1]}], *CHAT)["problem"][0]}
-    ending = r"'<think>\n\n</think>\n\n'"
+    ending = r"'<think>\n'"
     assert problems == {f"the template's generation prompt has {ending} where the text before an answer has ''"}
 
 

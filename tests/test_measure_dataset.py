@@ -347,7 +347,6 @@ LAYOUTS = {
     "chat": lambda a, b, c, d: {
         "messages": [{"role": r, "content": t} for r, t in zip(("user", "assistant") * 2, (a, b, c, d), strict=True)]
     },
-    "sharegpt": lambda a, b, c, d: {"conversations": [{"from": "human", "value": a}, {"from": "gpt", "value": b}]},
 }
 
 
@@ -356,12 +355,12 @@ def test_tokens_are_counted_as_the_training_script_encodes_the_rows(quick, words
     from transformers import AutoTokenizer
 
     rows = [LAYOUTS[layout](*texts) for texts in make_chats(50)]
-    flags = ["--prompt_template", "alpaca"] if layout == "sharegpt" else []
+    flags = ["--prompt_template", "alpaca"] if layout == "chat" else []
     arguments = ["--train_file", write_jsonl(tmp_path / "a.jsonl", rows), "--tokenizer_name", words, *flags]
     monkeypatch.setattr(tool, "ROWS_AT_A_TIME", 7)
     assert tool.main([*arguments, "--output_dir", str(tmp_path / "out")]) == 0
     measures = json.loads((tmp_path / "out/measures.json").read_text())
-    names = {"chat": "dolly", "prompt": "plain", "sharegpt": "alpaca"}  # for chats training wants a template named
+    names = {"chat": "alpaca", "prompt": "plain"}  # for chats training wants a template named
     template = names.get(layout, layout)
     assert measures["template"] == template
     assert ("--prompt_template", template) in [(flag["flag"], flag["value"]) for flag in measures["recommended"]]
@@ -370,7 +369,7 @@ def test_tokens_are_counted_as_the_training_script_encodes_the_rows(quick, words
     data_format, columns = run_clm_instruct.find_format(list(rows[0]), NO_FLAGS)
     run_clm_instruct.set_prompt_template(tokenizer, argparse.Namespace(prompt_template=template), data_format)
     batch = {name: [row[name] for row in rows] for name in columns}
-    encoded = run_clm_instruct.encode_chats(batch, tokenizer, data_format, columns, 10**6)
+    encoded = run_clm_instruct.encode_chats(batch, range(len(rows)), tokenizer, data_format, columns, 10**6)
     assert not any(encoded["problem"])
     answers = np.array([sum(label != -100 for label in labels) for labels in encoded["labels"]])
     whole = np.array([len(ids) for ids in encoded["input_ids"]])
@@ -521,8 +520,10 @@ def test_the_recommended_flags_are_those_of_the_training_scripts(quick, report, 
         for flag in flags["recommended"]:
             assert flag["flag"] in trainer or f"    {flag['flag'][2:]}: " in source, flag
     assert [flag["flag"] for flag in measures["recommended"]][:2] == ["--max_seq_length", "--prompt_template"]
-    template = f"{run_clm_instruct.DOLLY_INTRO} ### Instruction: ### Response:".split()
-    assert measures["lengths"]["prompt"]["max"] == 118 + len(template)
+    template = (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+    )
+    assert measures["lengths"]["prompt"]["max"] == 118 + len(f"{template} ### Instruction: ### Response:".split())
     assert measures["lengths"]["answer"]["max"] == 7 + 1  # </s>
     assert measures["labels"] == [
         {"label": label, "rows": rows, "share": rows / 59} for label, rows in (("b", 39), ("a", 19), (None, 1))

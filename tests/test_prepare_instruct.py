@@ -17,6 +17,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
+import chat_turns
 import run_clm_instruct
 
 SCRIPT = Path(__file__).parents[1] / "data_prep" / "prepare_instruct.py"
@@ -157,8 +158,13 @@ TURNS = [("human", " Hi {}\n"), ("chatgpt", "a"), ("User", "b"), ("bot", "c"), (
 
 def make_row(columns, number):
     """A row of a layout that run_clm_instruct.py knows."""
-    if columns in (("messages",), ("conversations",)):
-        return {columns[0]: [{"from": role, "value": text.format(number)} for role, text in TURNS]}
+    if columns == ("messages",):
+        roles = ("user", "assistant") * 2
+        return {
+            "messages": [
+                {"role": r, "content": text.format(number)} for r, (_, text) in zip(roles, TURNS, strict=False)
+            ]
+        }
     return {column: f" {column} {number}\n" for column in columns}
 
 
@@ -171,7 +177,7 @@ def test_every_layout_that_training_knows_is_read_and_means_the_same_to_it_after
         return
     given = argparse.Namespace(text_column=None, data_format=None)
     written = run_clm_instruct.find_format(list(train[0]), given)
-    assert written[0] == ("chat" if data_format == "sharegpt" else data_format if data_format == "chat" else "dolly")
+    assert written[0] == (data_format if data_format == "chat" else "dolly")
     before = [run_clm_instruct.to_messages(row, data_format, columns) for row in rows]
     assert same_rows([run_clm_instruct.to_messages(row, *written) for row in train + validation], before)
 
@@ -187,7 +193,33 @@ def test_of_a_file_with_two_layouts_the_one_is_read_that_training_would_take(fir
 
 
 def test_the_roles_are_those_that_training_knows():
-    assert prepare.ROLES == run_clm_instruct.ROLES
+    assert set(prepare.ROLES.values()) == set(chat_turns.ROLES)
+
+
+def test_what_else_a_turn_holds_goes_along_and_so_do_tools(tmp_path):
+    call = [{"type": "function", "function": {"name": "weather", "arguments": {"city": "Rome"}}}]
+    turns = [{"from": "human", "value": "Where {}?"}, {"from": "gpt", "value": None, "tool_calls": call}]
+    turns += [
+        {"from": "tool", "value": "20"},
+        {"from": "gpt", "value": "Rome", "reasoning_content": "so", "weight": 0},
+    ]
+    turns += [{"from": "human", "value": "And?"}, {"from": "gpt", "value": "Warm", "images": None}]
+    rows = [
+        {
+            "conversations": [t | {"value": t["value"] and t["value"].format(i)} for t in turns],
+            "tools": [{"name": "f"}],
+        }
+        for i in range(9)
+    ]
+    train, validation = run(write_jsonl(tmp_path / "a.jsonl", rows), tmp_path / "out")
+    assert len(train + validation) == 9
+    for row in train + validation:
+        assert row["tools"] == [{"name": "f"}]
+        roles = ["user", "assistant", "tool", "assistant", "user", "assistant"]
+        assert [m["role"] for m in row["messages"]] == roles
+        assert row["messages"][1] == {"role": "assistant", "content": "", "tool_calls": call}
+        assert row["messages"][3] == {"role": "assistant", "content": "Rome", "reasoning_content": "so", "weight": 0}
+        assert set(row["messages"][5]) == {"role", "content"}
 
 
 def test_prompts_and_completions_that_are_lists_of_messages_become_chats(tmp_path):
@@ -402,10 +434,7 @@ def test_columns_of_no_known_layout_are_named(tmp_path, capsys):
     path = write_table(tmp_path / "a.csv", [{"comment": "nice", "stars": "5"}])
     message = refusal(capsys, path, tmp_path / "out")
     assert "a.csv: --format auto looks for" in message and "the file has: comment, stars" in message
-    assert (
-        "(messages) or (conversations) or (conversation) or (prompt, completion)" in message
-        and "--text_column" in message
-    )
+    assert "(messages) or (prompt, completion) or (prompt, response)" in message and "--text_column" in message
     message = refusal(capsys, path, tmp_path / "out", "--format", "alpaca")
     assert "looks for the columns (instruction, input, output) or (instruction, output), the file has" in message
     message = refusal(capsys, path, tmp_path / "out", "--text_column", "remark")
