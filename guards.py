@@ -30,7 +30,7 @@ import jinja2
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
 
 # Flags of older versions, transformers' and ours, and what says the same today.
@@ -462,15 +462,37 @@ def is_whole(path: Path) -> bool:
 # ------------------------------------------------------------------------------------------------ tracking
 
 
+class WholeRunLoss(TrainerCallback):
+    """
+    Makes train_loss the mean over all steps and ranks, of a run that went on after a kill too.
+
+    The library counts what is not logged by the end as one rank's, and what was before a checkpoint not at all (5.23).
+    So all is logged by every checkpoint and by the last step, and the mean is taken of the history.
+    """
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_log |= control.should_save or state.global_step >= state.max_steps
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if logs is None or "train_loss" not in logs:
+            return
+        steps = [(entry["step"], entry["loss"]) for entry in state.log_history if "loss" in entry]
+        if steps:
+            parts = zip([0, *(step for step, _ in steps)], steps, strict=False)
+            logs["train_loss"] = sum(loss * (step - before) for before, (step, loss) in parts) / steps[-1][0]
+            state.log_history[-1]["train_loss"] = logs["train_loss"]
+
+
 def start_tracking(trainer, *arguments) -> None:
     """
-    With --report_to mlflow, begin the one run of training, evaluation and prediction; on the first rank only.
+    Add WholeRunLoss and, with --report_to mlflow, begin the one run of training, evaluation and prediction.
 
     arguments: the script's dataclasses, logged but for the token. The trainer's callback ends the run it starts itself
     when training ends, and what is evaluated later would begin a second one (transformers 5.23). A run it finds it
     goes on with and leaves open, for write_reports.
     """
     args = trainer.args
+    trainer.callback_handler.callbacks.insert(0, WholeRunLoss())  # before those that print
     if "mlflow" not in args.report_to or not trainer.is_world_process_zero():
         return
     import mlflow

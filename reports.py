@@ -13,10 +13,12 @@ run meets them: audit, choose_generation, show_answers, describe_run, score_answ
 import itertools
 import json
 import re
+import unicodedata
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+import regex
 import torch
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, TrainerCallback
@@ -272,17 +274,21 @@ def score_answers(answers: list[tuple], references: list[str], language: str) ->
     return compute_rouge(texts, references, language) | means
 
 
-# Letters that are written without spaces between words: kana, CJK ideographs, Thai, Lao, Khmer, Burmese.
-UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\u0e00-\u0eff\u1780-\u17ff\u1000-\u109f"
+# Letters that are written without spaces between words, each a word of its own.
+UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}ー\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
 
 
 class UnicodeTokenizer:
-    """Words of any script for rouge_score, whose own tokenizer drops every non-ASCII letter; lower-cased."""
+    """
+    Words of any script for rouge_score, whose own tokenizer drops every non-ASCII letter; lower-cased.
 
-    pattern = re.compile(rf"[{UNSPACED}]|[^\W_{UNSPACED}]+")
+    A letter goes with its marks: without them Hindi's ka, ki and ke are one (Python's \\w leaves marks out).
+    """
+
+    pattern = regex.compile(rf"[{UNSPACED}]\p{{M}}*|(?:(?![{UNSPACED}])[^\W_][\p{{M}}\u200c\u200d]*)+")
 
     def tokenize(self, text: str) -> list[str]:
-        return self.pattern.findall(text.lower())
+        return self.pattern.findall(unicodedata.normalize("NFC", text).lower())
 
 
 def split_sentences(text: str) -> str:
@@ -298,6 +304,11 @@ def compute_rouge(predictions: list[str], references: list[str], language: str) 
     from rouge_score.rouge_scorer import RougeScorer
 
     names = ["rouge1", "rouge2", "rougeL", "rougeLsum"]
+    unseen = sum(any(map(str.isalpha, text)) and not re.search("[a-zA-Z0-9]", text) for text in references)
+    if language == "en" and unseen:
+        print(
+            f"ROUGE: --rouge_language en sees no word in {unseen} of {len(references)} references; give another code"
+        )
     scorer = RougeScorer(names, **({"use_stemmer": True} if language == "en" else {"tokenizer": UnicodeTokenizer()}))
     pairs = zip(map(split_sentences, references), map(split_sentences, predictions), strict=True)
     scores = [scorer.score(*pair) for pair in pairs]

@@ -29,6 +29,7 @@ import json
 import os
 import re
 import sys
+import unicodedata
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -36,6 +37,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import regex
 import torch
 from transformers import (
     AutoConfig,
@@ -262,32 +264,32 @@ def load_file(path: str):
 
 
 def find_columns(columns: list[str], args) -> tuple[str, str]:
-    """The source and the summary column: as --text_column and --summary_column say, else known, else the first two."""
+    """The source and the summary column: as --text_column and --summary_column say, else a pair of KNOWN_COLUMNS."""
     there = f"it has {', '.join(columns)}"
     for flag in ("text_column", "summary_column"):
         name = getattr(args, flag)
         if name is not None and name not in columns:
             raise UsageError(f"has no column {name!r} (--{flag}); {there}")
-    known = next((pair for pair in KNOWN_COLUMNS if set(pair) <= set(columns)), tuple(columns[:2]))
-    if len(known) < 2:
-        raise UsageError(f"needs a column of texts and one of summaries; {there}")
-    return args.text_column or known[0], args.summary_column or known[1]
+    known = next((pair for pair in KNOWN_COLUMNS if set(pair) <= set(columns)), (None, None))
+    source, summary = args.text_column or known[0], args.summary_column or known[1]
+    if source is None or summary is None or source == summary:
+        raise UsageError(f"which are the texts, which the summaries? Give --text_column and --summary_column; {there}")
+    return source, summary
 
 
-def select_rows(raw, split: str, max_samples: int | None, data_args):
+def select_rows(raw, split: str, columns: tuple[str, str], max_samples: int | None, data_args):
     """
-    The rows of a split that have a text and a summary, as columns `source` and `reference`; and a sentence on them.
+    The rows of a split that have a text and a summary, as columns `row`, `source` and `reference`; a sentence on them.
 
-    Raises UsageError if the split is missing or has no usable row.
+    columns: those of the training data. Raises UsageError if no row can be used.
     """
-    if split not in raw:
-        raise UsageError(f"--dataset_name {data_args.dataset_name}: has no split {split!r}; it has {', '.join(raw)}")
-    columns = find_columns(raw[split].column_names, data_args)
+    if guards:
+        guards.check_split(raw, split, columns, data_args)
     rows = raw[split].select_columns(list(columns)).rename_columns(dict(zip(columns, COLUMNS, strict=True)))
     rows = rows.select(range(min(max_samples or len(rows), len(rows))))
     pairs = enumerate(zip(*(rows[name][:] for name in COLUMNS), strict=True))
     bad = [i for i, pair in pairs if not all(value is not None and str(value).strip() for value in pair)]
-    kept = rows.select(sorted(set(range(len(rows))) - set(bad))) if bad else rows
+    kept = rows.add_column("row", range(len(rows))).select(sorted(set(range(len(rows))) - set(bad)))
     if len(kept) == 0:
         raise UsageError(f"{split}: none of the {len(rows)} rows has a text and a summary")
     named = f": rows {', '.join(map(str, bad[:5]))}{' ...' if len(bad) > 5 else ''}" if bad else ""
@@ -406,9 +408,9 @@ def find_cut(ids: list[list[int]], limit: int, texts: list[str], tokenizer, argu
     return [i in cut for i in range(len(ids))]
 
 
-def prepare_split(raw, split: str, max_samples: int | None, tokenizers: tuple, data_args, training_args):
+def prepare_split(raw, split: str, columns, max_samples: int | None, tokenizers: tuple, data_args, training_args):
     """Tokenise one split and say what was kept, cut and left out. Returns (raw rows kept, tokenised rows)."""
-    kept, story = select_rows(raw, split, max_samples, data_args)
+    kept, story = select_rows(raw, split, columns, max_samples, data_args)
     limits = {
         "max_source_length": data_args.max_source_length,
         "max_target_length": data_args.max_target_length if split == "train" else data_args.val_max_target_length,
@@ -421,7 +423,7 @@ def prepare_split(raw, split: str, max_samples: int | None, tokenizers: tuple, d
             tokenize_rows,
             batched=True,
             num_proc=data_args.preprocessing_num_workers,
-            remove_columns=kept.column_names,
+            remove_columns=list(COLUMNS) + ["row"] * (split == "train"),
             load_from_cache_file=not data_args.overwrite_cache,
             fn_kwargs={"prefix": data_args.source_prefix or "", "limits": limits, **settings},
             desc=f"Tokenising {split}",
@@ -562,12 +564,12 @@ class SummarizationTrainer(TokenMeanTrainer):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None, **gen_kwargs):
         """Returns (token-mean loss of the batch, generated ids or None, labels or None), all on this rank."""
         inputs = self._prepare_inputs(inputs)
-        labels = inputs.pop("labels")
+        labels, rows = inputs.pop("labels"), inputs.pop("row")
         with torch.no_grad(), self.compute_loss_context_manager():
             logits = model(**inputs).logits
         # One row each, so that gather_for_metrics can take the rows away that only fill the last batch.
         sums = torch.stack([token_loss_sum(row, target) for row, target in zip(logits, labels, strict=True)])
-        sums = torch.stack([sums.double(), labels.ne(-100).sum(dim=1).double()], dim=1)
+        sums = torch.stack([sums.double(), labels.ne(-100).sum(dim=1).double(), rows.double()], dim=1)
         self.row_sums.append(self.accelerator.gather_for_metrics(sums))
         del logits
         loss = sums[:, 0].sum() / sums[:, 1].sum().clamp(min=1)
@@ -597,17 +599,21 @@ def write_summaries(model, args, batch: dict, tokenizer) -> list[str]:
 
 # ------------------------------------------------------------------------------------------------ scores
 
-# Letters that are written without spaces between words: kana, CJK ideographs, Thai, Lao, Khmer, Burmese.
-UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\u0e00-\u0eff\u1780-\u17ff\u1000-\u109f"
+# Letters that are written without spaces between words, each a word of its own.
+UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}ー\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
 
 
 class UnicodeTokenizer:
-    """Words of any script for rouge_score, whose own tokenizer drops every non-ASCII letter; lower-cased."""
+    """
+    Words of any script for rouge_score, whose own tokenizer drops every non-ASCII letter; lower-cased.
 
-    pattern = re.compile(rf"[{UNSPACED}]|[^\W_{UNSPACED}]+")
+    A letter goes with its marks: without them Hindi's ka, ki and ke are one (Python's \\w leaves marks out).
+    """
+
+    pattern = regex.compile(rf"[{UNSPACED}]\p{{M}}*|(?:(?![{UNSPACED}])[^\W_][\p{{M}}\u200c\u200d]*)+")
 
     def tokenize(self, text: str) -> list[str]:
-        return self.pattern.findall(text.lower())
+        return self.pattern.findall(unicodedata.normalize("NFC", text).lower())
 
 
 def split_sentences(text: str) -> str:
@@ -623,6 +629,11 @@ def compute_rouge(predictions: list[str], references: list[str], language: str) 
     from rouge_score.rouge_scorer import RougeScorer
 
     names = ["rouge1", "rouge2", "rougeL", "rougeLsum"]
+    unseen = sum(any(map(str.isalpha, text)) and not re.search("[a-zA-Z0-9]", text) for text in references)
+    if language == "en" and unseen:
+        print(
+            f"ROUGE: --rouge_language en sees no word in {unseen} of {len(references)} references; give another code"
+        )
     scorer = RougeScorer(names, **({"use_stemmer": True} if language == "en" else {"tokenizer": UnicodeTokenizer()}))
     pairs = zip(map(split_sentences, references), map(split_sentences, predictions), strict=True)
     scores = [scorer.score(*pair) for pair in pairs]
@@ -655,16 +666,16 @@ def score_split(trainer, rows, features, prefix: str) -> None:
     trainer.log_metrics(prefix, metrics)
     trainer.save_metrics(prefix, metrics)
     if trainer.args.predict_with_generate and trainer.is_world_process_zero():
-        path = Path(trainer.args.output_dir) / "generated_predictions.jsonl"
-        write_predictions(path, rows, decode(output.predictions, trainer.processing_class))
+        seen = torch.cat(trainer.row_sums)[:, -1].long().tolist()  # the rows' numbers, in the order of the loader
+        texts = dict(zip(seen, decode(output.predictions, trainer.processing_class), strict=True))
+        write_predictions(Path(trainer.args.output_dir) / "generated_predictions.jsonl", rows, texts)
 
 
-def write_predictions(path: Path, rows, predictions: list[str]) -> None:
-    """JSONL with `source`, `reference` and `prediction` a row."""
+def write_predictions(path: Path, rows, predictions: dict[int, str]) -> None:
+    """JSONL with `row` (its number in the file, from 0), `source`, `reference` and `prediction` a row."""
     with open(path, "w", encoding="utf-8") as stream:
-        for row, prediction in zip(rows, predictions, strict=True):
-            record = {"source": row["source"], "reference": row["reference"], "prediction": prediction}
-            stream.write(json.dumps(record, ensure_ascii=False) + "\n")
+        for row in rows:
+            stream.write(json.dumps(row | {"prediction": predictions[row["row"]]}, ensure_ascii=False) + "\n")
 
 
 # ------------------------------------------------------------------------------------------------ main
@@ -682,7 +693,7 @@ def main(argv: list[str] | None = None) -> dict:
     # Arguments first: ZeRO-3 partitions the model while it is loaded, and knows that from training_args being alive.
     argv = sys.argv[1:] if argv is None else argv
     model_args, data_args, training_args = parse_arguments(
-        argv, SUMMARIZATION_ARGUMENTS, find_columns, find_companion_problems
+        argv, SUMMARIZATION_ARGUMENTS, find_columns, find_companion_problems, remove_unused_columns=False
     )
     last_checkpoint = training_args.resume_from_checkpoint
     if guards:
@@ -695,6 +706,7 @@ def main(argv: list[str] | None = None) -> dict:
 
     # Data, model, tokens
     raw = load_raw_datasets(data_args, model_args)
+    columns = find_columns(next(iter(raw.values())).column_names, data_args)
     *tokenizers, model = load_model(model_args, data_args, training_args)
     tokenizer, target_tokenizer = tokenizers
     splits = {}
@@ -704,7 +716,7 @@ def main(argv: list[str] | None = None) -> dict:
         (training_args.do_predict, "test", data_args.max_predict_samples),
     ):
         if wanted:
-            splits[split] = prepare_split(raw, split, limit, tokenizers, data_args, training_args)
+            splits[split] = prepare_split(raw, split, columns, limit, tokenizers, data_args, training_args)
 
     # Batches, loss, trainer
     collator = DataCollatorForSeq2Seq(

@@ -196,6 +196,39 @@ def test_japanese_is_scored_letter_by_letter_and_english_stemmed():
     assert script.compute_rouge(["schöne Größe"], ["schöne Größe"], "de")["rouge2"] == 100.0
 
 
+@pytest.mark.parametrize(
+    "text, count",
+    [
+        ("यह किताब की है", 4),
+        ("หนังสือดี", 6),
+        ("அது ஒரு புத்தகம்", 3),
+        ("это книга", 2),
+        ("책이 좋다", 2),
+        ("良い本ー", 4),
+        ("cafe\u0301 no\u0308", 2),
+        ("می\u200cروم", 1),
+        ("don't 3.5", 4),
+    ],
+)
+def test_words_of_every_script_keep_their_marks(text, count):
+    words = script.UnicodeTokenizer().tokenize(text)
+    assert len(words) == count and script.compute_rouge([text], [text], "xx")["rouge1"] == 100.0
+    joined = "".join(text.split()).replace("'", "").replace(".", "")
+    assert "".join(words) == script.unicodedata.normalize("NFC", joined)
+
+
+def test_words_that_differ_in_a_mark_are_different_words():
+    assert script.compute_rouge(["यह किताबें का है"], ["यह किताब की है"], "hi")["rouge1"] == 50.0
+
+
+def test_references_in_which_english_rouge_sees_no_word_are_said_aloud(capsys):
+    script.compute_rouge(["это книга", "a book"], ["это книга", "a book"], "en")
+    assert "--rouge_language en sees no word in 1 of 2 references" in capsys.readouterr().out
+    script.compute_rouge(["это книга"], ["это книга"], "ru")
+    script.compute_rouge(["!", ""], ["?!", ""], "en")
+    assert capsys.readouterr().out == ""
+
+
 def test_rouge_equals_rouge_score_on_known_texts():
     from rouge_score import rouge_scorer
 
@@ -242,15 +275,52 @@ def test_rows_are_cut_counted_and_prefixed(work):
     assert tokenizer.decode(whole["labels"][1], skip_special_tokens=True) == "ok"
 
 
-def test_columns_are_named_or_known_or_the_first_two():
+def test_columns_are_named_or_known_and_never_guessed():
     def find(columns, text_column=None, summary_column=None):
         return script.find_columns(columns, SimpleNamespace(text_column=text_column, summary_column=summary_column))
 
     assert find(["id", "summary", "document"]) == ("document", "summary")
-    assert find(["a", "b", "c"]) == ("a", "b")
     assert find(["a", "b", "c"], "c", "a") == ("c", "a")
+    assert find(["article", "highlights", "gist"], None, "gist") == ("article", "gist")
+    for columns, flags in ((["id", "review", "headline"], ()), (["summary", "review"], ()), (["a", "b"], ("a",))):
+        with pytest.raises(script.UsageError, match="Give --text_column and --summary_column; it has"):
+            find(columns, *flags)
     with pytest.raises(script.UsageError, match="it has a, b"):
         find(["a", "b"], "nope")
+
+
+@pytest.fixture(scope="module")
+def grouped(work, trained) -> dict[int, Path]:
+    """13 rows by length in one step, default logging, evaluated by generating; one process, and two ranks."""
+    common = ["--model_name_or_path", trained, "--do_train", "--do_eval", "--train_file", work / "train.csv"]
+    common += ["--validation_file", work / "validation.csv", "--source_prefix", PREFIX, "--optim", "sgd"]
+    common += ["--train_sampling_strategy", "group_by_length", "--max_train_samples", "13", "--save_strategy", "no"]
+    common += ["--num_train_epochs", "1", "--predict_with_generate", "--max_target_length", "12"]
+    common += ["--per_device_eval_batch_size", "4", "--learning_rate", "1e-3"]
+    outs = {ranks: work / f"grouped_{ranks}" for ranks in (1, 2)}
+    for ranks, out in outs.items():
+        words = [*common, "--per_device_train_batch_size", 16 // ranks, "--output_dir", out]
+        run_warm(SCRIPT, *words, cwd=work, ranks=ranks if ranks > 1 else 0, port=29571)
+    return outs
+
+
+def test_the_training_loss_written_down_is_the_whole_runs_at_any_number_of_ranks_order_and_logging(grouped):
+    one, two = (json.loads((out / "all_results.json").read_text()) for out in grouped.values())
+    assert two["train_loss"] == pytest.approx(one["train_loss"], rel=1e-5)
+    assert history(grouped[1], "loss")[-1] == pytest.approx(one["train_loss"])
+    entries = json.loads((grouped[2] / "trainer_state.json").read_text())["log_history"]
+    assert [e["train_loss"] for e in entries if "train_loss" in e] == [two["train_loss"]]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_predictions_stand_beside_their_own_texts_in_whatever_order_they_are_made(grouped, ranks):
+    out = grouped[ranks]
+    model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(out).eval(), AutoTokenizer.from_pretrained(out)
+    rows = read_predictions(out)
+    assert [row["row"] for row in rows] == list(range(13))
+    for row in rows:
+        ids = model.generate(**tokenizer(PREFIX + row["source"], return_tensors="pt"))
+        assert tokenizer.decode(ids[0], skip_special_tokens=True).strip() == row["prediction"]
 
 
 # ------------------------------------------------------------------------------------- Adafactor, however cut
