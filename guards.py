@@ -261,16 +261,6 @@ def check_causal_tokenizer(tokenizer, limit: int, positions: int, model_args) ->
         raise UsageError(f"--{flag} {getattr(model_args, flag)}: has no {lacking}")
 
 
-def explain_load_error(name: str, error: Exception) -> str:
-    """What to do when a model cannot be loaded; gated models need a licence accepted and a login."""
-    if "gated" not in str(error).lower():
-        return f"--model_name_or_path {name}: cannot be loaded: {str(error)[:300]}"
-    return (
-        f"--model_name_or_path {name}: is a gated model. Accept its licence at https://huggingface.co/{name}, then "
-        "log in with `hf auth login` or give --token; a local folder with the model needs neither"
-    )
-
-
 def find_deepspeed_problems(args: argparse.Namespace) -> list[str]:
     """What is wrong with the DeepSpeed file, and where it contradicts a flag."""
     path = args.deepspeed

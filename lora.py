@@ -6,11 +6,12 @@
 """
 Low-rank adapters for run_clm_instruct.py's --lora_r, by peft: put on, and merged with their base at the end.
 
-In the order in which a run meets them: find_problems, add_adapters, merge.
+In the order in which a run meets them: find_problems, add_adapters, merge. load_adapted is for run_generation.py.
 """
 
 import argparse
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -20,6 +21,10 @@ try:
     from guards import UsageError
 except ModuleNotFoundError:
     UsageError = ValueError
+try:
+    import model_checks
+except ModuleNotFoundError:
+    model_checks = None
 
 MERGE_TOOL = Path(__file__).parent / "tools/merge_lora.py"
 
@@ -38,12 +43,23 @@ def find_problems(args: argparse.Namespace) -> list[str]:
     return [problem for problem, holds in checks.items() if holds]
 
 
-def add_adapters(model, model_args, training_args):
-    """LoRA adapters on the model (https://arxiv.org/abs/2106.09685) by peft; everything else is frozen."""
+def add_adapters(model, known: int, model_args, training_args):
+    """
+    LoRA adapters on the model (https://arxiv.org/abs/2106.09685) by peft; everything else is frozen.
+
+    known: tokens that the model came with. The rows of those that the tokenizer has more are trained too: they would
+    stay as they were drawn.
+    """
     import peft
 
     targets = model_args.lora_target_modules or "all-linear"
     settings = {"r": model_args.lora_r, "lora_alpha": model_args.lora_alpha, "lora_dropout": model_args.lora_dropout}
+    embeddings = {id(m): m for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None}
+    added = list(range(known, model.get_input_embeddings().num_embeddings))
+    if added:
+        tied = model.config.tie_word_embeddings
+        names = [name.split(".")[-1] for name, module in model.named_modules() if id(module) in embeddings]
+        settings["trainable_token_indices"] = {name: added for name in (names[:1] if tied else names)}
     if training_args.gradient_checkpointing:
         model.enable_input_require_grads()  # else no gradient enters the first checkpointed block
     try:
@@ -51,6 +67,23 @@ def add_adapters(model, model_args, training_args):
         return peft.get_peft_model(model, config)
     except ValueError as error:
         raise UsageError(f"--lora_target_modules {targets}: {error}") from None
+
+
+def load_adapted(folder: str, tokenizer, **settings):
+    """The base that an adapter folder names, of the kind that its task_type says, with the adapters on it."""
+    import peft
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    config = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
+    base = config.get("base_model_name_or_path")
+    auto = AutoModelForSeq2SeqLM if config.get("task_type") == "SEQ_2_SEQ_LM" else AutoModelForCausalLM
+    try:
+        model = model_checks.load(auto, base, **settings) if model_checks else auto.from_pretrained(base, **settings)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--model_name_or_path {folder}: adapters of {base}, which is needed too: {error}") from None
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(tokenizer))
+    return peft.PeftModel.from_pretrained(model, folder)
 
 
 def merge(model_args, folder: str) -> None:

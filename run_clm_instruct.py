@@ -42,11 +42,13 @@ from transformers.hf_argparser import HfArg
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 # The companions beside this script. Without them it trains to the same losses and weights; ABSENT says what is lost.
-guards = tables = chat_turns = reports = fast_batches = zero_adafactor = lora = None
+guards = tables = model_checks = chat_turns = reports = fast_batches = zero_adafactor = lora = None
 with suppress(ModuleNotFoundError):
     import guards
 with suppress(ModuleNotFoundError):
     import tables
+with suppress(ModuleNotFoundError):
+    import model_checks
 with suppress(ModuleNotFoundError):
     import chat_turns
 with suppress(ModuleNotFoundError):
@@ -64,6 +66,7 @@ ABSENT = {
     "guards.py": "bad input ends late, in a traceback; a killed run goes on only with --resume_from_checkpoint; no "
     "curves or model card, and two runs in MLflow",
     "tables.py": "data as .csv, .json, .jsonl, .parquet or .txt only, and columns are not checked to be text",
+    "model_checks.py": "a model that lacks weights, or has another's tokenizer, is trained all the same",
     "reports.py": "no audit of labels, no samples, no list of decisions",
     "fast_batches.py": "batches are padded and all logits made: the same losses, about twice the time, more memory",
     "zero_adafactor.py": "under ZeRO --optim adafactor is the library's, which does not factor there: 4 bytes of "
@@ -106,12 +109,6 @@ class CausalModelArguments:
     lora_dropout: float = HfArg(default=0.05, help="Dropout before the adapters.")
     lora_target_modules: list[str] | None = HfArg(default=None, help="Modules with adapters. Default: all linear.")
     merge_lora: bool = HfArg(default=False, help="Then write base and adapters as one model to OUTPUT_DIR/merged.")
-
-    @property
-    def hub(self) -> dict:
-        """What every from_pretrained needs to know about the hub."""
-        names = ("cache_dir", "token", "trust_remote_code")
-        return {"revision": self.model_revision, **{name: getattr(self, name) for name in names}}
 
 
 @dataclass
@@ -308,14 +305,18 @@ def to_message(turn: dict, drop_keys=()) -> dict:
     return {"content": "", **{key: text for key, text in message.items() if text}}
 
 
+def fetch(auto, model_args, flag: str = "model_name_or_path", **settings):
+    """auto.from_pretrained() of what a flag names, else the model; by model_checks.py all weights are its file's."""
+    flag = flag if getattr(model_args, flag) else "model_name_or_path"
+    hub = {name: getattr(model_args, name) for name in ("cache_dir", "token", "trust_remote_code")}
+    name, settings = getattr(model_args, flag), {"revision": model_args.model_revision, **hub, **settings}
+    return model_checks.load(auto, name, flag, **settings) if model_checks else auto.from_pretrained(name, **settings)
+
+
 def load_tokenizer(model_args, data_args):
     """Configuration, tokenizer (with a pad token) and the longest example in tokens."""
-    name, hub = model_args.model_name_or_path, model_args.hub
-    try:
-        config = transformers.AutoConfig.from_pretrained(model_args.config_name or name, **hub)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(model_args.tokenizer_name or name, **hub)
-    except OSError as error:
-        raise UsageError(guards.explain_load_error(name, error) if guards else str(error)) from None
+    config = fetch(transformers.AutoConfig, model_args, "config_name")
+    tokenizer = fetch(transformers.AutoTokenizer, model_args, "tokenizer_name")
     positions = getattr(config, "max_position_embeddings", None) or DEFAULT_MAX_SEQ_LENGTH
     limit = data_args.max_seq_length or min(DEFAULT_MAX_SEQ_LENGTH, positions)
     if guards:
@@ -663,19 +664,16 @@ def load_causal_model(config, tokenizer, model_args, training_args):
     # fp32 here: transformers 5 would keep a bf16 file in bf16, where small updates are lost unless they are rounded
     # stochastically. Frozen weights under adapters are not updated and may stay in bf16.
     low = model_args.pure_bf16 or (model_args.lora_r and training_args.bf16)
-    settings = {"config": config, "dtype": torch.bfloat16 if low else torch.float32, **model_args.hub}
-    settings["attn_implementation"], name = model_args.attn_implementation, model_args.model_name_or_path
-    try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(name, **settings)
-    except (OSError, ImportError, ValueError) as error:
-        raise UsageError(guards.explain_load_error(name, error) if guards else str(error)) from None
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+    how = {"dtype": torch.bfloat16 if low else torch.float32, "attn_implementation": model_args.attn_implementation}
+    model = fetch(transformers.AutoModelForCausalLM, model_args, config=config, **how)
+    known = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > known:
         print(f"the tokenizer has more tokens than the model: the embeddings grow to {len(tokenizer)}", flush=True)
         model.resize_token_embeddings(len(tokenizer))
     stops = find_stop_ids(tokenizer, model.generation_config)
     model.generation_config.eos_token_id = stops if len(stops) > 1 else stops[0]
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    return lora.add_adapters(model, model_args, training_args) if model_args.lora_r else model
+    return lora.add_adapters(model, known, model_args, training_args) if model_args.lora_r else model
 
 
 def find_stop_ids(tokenizer, generation_config) -> list[int]:
@@ -897,6 +895,8 @@ def main(argv: list[str] | None = None) -> dict:
 
     # Model, batches, loss, trainer
     model = load_causal_model(config, tokenizer, model_args, training_args)
+    if model_checks:
+        model_checks.check_model(model, tokenizer, [*splits.values()][0][:200]["input_ids"], model_args)
     half = training_args.bf16 or training_args.fp16 or model.dtype == torch.bfloat16
     collator = train_collator = InstructCollator(tokenizer.pad_token_id, multiple=8 if half else 1)
     train_rows, loss, callbacks = None, None, []

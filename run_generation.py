@@ -53,23 +53,28 @@ from transformers.hf_argparser import HfArg
 from transformers.integrations import HfDeepSpeedConfig
 
 # The companions beside this script. Without them the texts are the same; WITHOUT says what is lost.
-guards = tables = chat_turns = generation_store = None
+guards = tables = model_checks = chat_turns = lora = generation_store = None
 with suppress(ModuleNotFoundError):
     import guards
 with suppress(ModuleNotFoundError):
     import tables
 with suppress(ModuleNotFoundError):
+    import model_checks
+with suppress(ModuleNotFoundError):
     import chat_turns
+with suppress(ModuleNotFoundError):
+    import lora
 with suppress(ModuleNotFoundError):
     import generation_store
 UsageError = guards.UsageError if guards else ValueError
 RowError = chat_turns.RowError if chat_turns else ValueError  # why there is no prompt of a row
 
 WITHOUT = {
-    "guards.py": "bad input ends late, in a traceback; an --output_file that is there is overwritten; --deepspeed "
-    "needs a launcher; each rank on a CPU starts a thread a core",
+    "guards.py": "bad input ends late, in a traceback; an --output_file that is there is overwritten",
     "generation_store.py": "a run that is killed begins again",
     "chat_turns.py": "chats with tools, tool calls or reasoning are refused",
+    "model_checks.py": "a model that lacks weights, or has another's tokenizer, generates all the same",
+    "lora.py": "folders of adapters are refused",
     "tables.py": "a table is .csv, .json, .jsonl or .parquet, and its columns are not checked to be text",
 }
 
@@ -205,11 +210,7 @@ def has_fast_bf16(use_cpu: bool) -> bool:
 
 
 def join_ranks(model_args) -> None:
-    """
-    Join the other processes, if there are any, and take this one's GPU.
-
-    ZeRO-3 partitions the model while it is loaded, so its process group has to stand by then.
-    """
+    """Join the other processes and take this one's GPU; ZeRO-3 partitions the model while it is loaded."""
     patience = datetime.timedelta(days=7)  # a rank may wait long for the last batch of another
     if not model_args.use_cpu and torch.cuda.is_available():
         torch.cuda.set_device(max(model_args.local_rank, 0))
@@ -417,11 +418,7 @@ class Generator:
 
 
 def load_generator(model_args, data_args, decoding: dict) -> Generator:
-    """
-    The model on this rank's device with its tokenizers, prompts and generation settings. Raises UsageError.
-
-    The model's own generation settings count where no flag says otherwise.
-    """
+    """The model on this rank's device; its own generation settings count where no flag says otherwise."""
     tokenizer, target_tokenizer, model = load_generating_model(model_args)
     config = make_generation_config(model, tokenizer, decoding)
     prefix = data_args.source_prefix
@@ -438,8 +435,8 @@ def load_generator(model_args, data_args, decoding: dict) -> Generator:
     assistant = model_args.assistant_model_name_or_path
     if assistant is not None:
         auto = AutoModelForSeq2SeqLM if model.config.is_encoder_decoder else AutoModelForCausalLM
-        how = {"dtype": model.dtype, "cache_dir": model_args.cache_dir}
-        assistant = load_pretrained(auto, "assistant_model_name_or_path", assistant, **how).eval().to(model.device)
+        assistant = fetch(auto, model_args, "assistant_model_name_or_path", dtype=model.dtype, revision="main")
+        assistant = assistant.eval().to(model.device)
     limits = {"max_tokens_per_batch": data_args.max_tokens_per_batch, "seed": data_args.seed}
     synced = model_args.deepspeed is not None
     return Generator(model, target_tokenizer, prompts, config, **limits, assistant=assistant, synced=synced)
@@ -447,17 +444,20 @@ def load_generator(model_args, data_args, decoding: dict) -> Generator:
 
 def load_generating_model(model_args):
     """(tokenizer of the prompts, tokenizer of the outputs, model on its device or, under --deepspeed, in parts)."""
-    flag, name = "model_name_or_path", model_args.model_name_or_path
-    hub = {key: getattr(model_args, key) for key in ("cache_dir", "token", "trust_remote_code")}
-    hub["revision"] = model_args.model_revision
+    name = model_args.model_name_or_path
     # Under ZeRO-3 from_pretrained partitions the model while it loads it, as long as this object lives.
     zero3 = HfDeepSpeedConfig(read_zero3_config(model_args)) if model_args.deepspeed else None
-    tokenizer = target_tokenizer = load_pretrained(AutoTokenizer, flag, model_args.tokenizer_name or name, **hub)
-    is_adapter = (Path(name) / "adapter_config.json").is_file() and not (Path(name) / "config.json").is_file()
-    is_causal = is_adapter or not load_pretrained(AutoConfig, flag, name, **hub).is_encoder_decoder
-    auto = AutoModelForCausalLM if is_causal else AutoModelForSeq2SeqLM
+    tokenizer = target_tokenizer = fetch(AutoTokenizer, model_args, "tokenizer_name")
     how = {"dtype": choose_dtype(model_args), "attn_implementation": model_args.attn_implementation}
-    model = load_pretrained(auto, flag, name, **how, **hub).eval()
+    if (Path(name) / "adapter_config.json").is_file():
+        if lora is None:
+            raise UsageError(f"--model_name_or_path {name}: adapters need lora.py; copy it beside this script")
+        model = lora.load_adapted(
+            name, tokenizer, cache_dir=model_args.cache_dir, token=model_args.token, **how
+        ).eval()
+    else:
+        is_causal = not fetch(AutoConfig, model_args).is_encoder_decoder
+        model = fetch(AutoModelForCausalLM if is_causal else AutoModelForSeq2SeqLM, model_args, **how).eval()
     if zero3 is None:
         model = model.to("cpu" if model_args.use_cpu else f"cuda:{max(model_args.local_rank, 0)}")
     else:
@@ -471,11 +471,12 @@ def load_generating_model(model_args):
     return tokenizer, target_tokenizer, model
 
 
-def load_pretrained(auto, flag: str, name: str, **how):
-    try:
-        return auto.from_pretrained(name, **how)
-    except (OSError, ValueError, ImportError) as error:
-        raise UsageError(f"--{flag} {name}: cannot be loaded: {str(error)[:400]}") from None
+def fetch(auto, model_args, flag: str = "model_name_or_path", **settings):
+    """auto.from_pretrained() of what a flag names, else the model; by model_checks.py all weights are its file's."""
+    flag = flag if getattr(model_args, flag) else "model_name_or_path"
+    hub = {name: getattr(model_args, name) for name in ("cache_dir", "token", "trust_remote_code")}
+    name, settings = getattr(model_args, flag), {"revision": model_args.model_revision, **hub, **settings}
+    return model_checks.load(auto, name, flag, **settings) if model_checks else auto.from_pretrained(name, **settings)
 
 
 def choose_dtype(model_args) -> torch.dtype:
@@ -558,11 +559,7 @@ def wait_for_all() -> None:
 
 
 class RowSampling(LogitsProcessor):
-    """
-    Sampling with one random generator a row, so that a sample depends on neither the batch nor the rank.
-
-    Gumbel noise on the scores makes greedy search over them a draw from their softmax.
-    """
+    """Sampling with a random generator a row (Gumbel noise on the scores), the same in any batch and on any rank."""
 
     def __init__(self, config: GenerationConfig, rows: list[int], seed: int, device):
         values = {name: getattr(config, name) for name in WARPERS}
@@ -590,9 +587,8 @@ def plan_rows(generator: Generator, ids: list[list[int]]) -> list[list[int]]:
     """
     Indices of prompts in batches of like length, longest first: rows x beams x longest stays below the budget.
 
-    With left padding (causal models) the room for the answer counts too, and settings that look at the prompt's own
-    tokens get batches of one length, because padding would be part of it. What transformers can do for one row only
-    (assisted decoding) or draws from one random generator for all rows (beams that sample) goes row by row.
+    With left padding the room for the answer counts too; settings that look at the prompt's own tokens get batches of
+    one length. Assisted decoding and beams that sample go row by row.
     """
     config, is_seq2seq = generator.config, generator.model.config.is_encoder_decoder
     mode = config.get_generation_mode(generator.assistant)
@@ -767,6 +763,9 @@ def main(argv: list[str] | None = None) -> dict:
     text_column = find_text_column(table.column_names, data_args)
     generator = load_generator(model_args, data_args, decoding)
     texts = read_texts(table, text_column, generator.prompts.is_chat, data_args.drop_keys or ())
+    if model_checks:
+        sample, _ = generator.prompts.encode([text for text in texts[:200] if text is not None])
+        model_checks.check_model(generator.model, generator.prompts.tokenizer, sample, model_args)
     if rank == 0:
         print(describe_generation(generator, table, text_column), flush=True)
 

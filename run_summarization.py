@@ -54,11 +54,13 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 # The companions beside this script. Without them it trains to the same losses and weights; ABSENT says what is lost.
-guards = tables = reports = fast_batches = zero_adafactor = None
+guards = tables = model_checks = reports = fast_batches = zero_adafactor = None
 with suppress(ModuleNotFoundError):
     import guards
 with suppress(ModuleNotFoundError):
     import tables
+with suppress(ModuleNotFoundError):
+    import model_checks
 with suppress(ModuleNotFoundError):
     import reports
 with suppress(ModuleNotFoundError):
@@ -71,6 +73,7 @@ ABSENT = {
     "guards.py": "bad input ends late, in a traceback; a killed run goes on only with --resume_from_checkpoint; no "
     "curves or model card, and two runs in MLflow",
     "tables.py": "data as .csv, .json, .jsonl, .parquet or .txt only, and columns are not checked to be text",
+    "model_checks.py": "a model that lacks weights, or has another's tokenizer, is trained all the same",
     "reports.py": "no audit of labels, no samples, no list of decisions",
     "fast_batches.py": "batches are padded and all logits made: the same losses, about twice the time, more memory",
     "zero_adafactor.py": "under ZeRO --optim adafactor is the library's, which does not factor there: 4 bytes of "
@@ -151,7 +154,7 @@ class DataTrainingArguments:
     max_train_samples: int | None = HfArg(default=None, help="Use only this many training rows.")
     max_eval_samples: int | None = HfArg(default=None, help="Use only this many validation rows.")
     max_predict_samples: int | None = HfArg(default=None, help="Use only this many test rows.")
-    num_beams: int = HfArg(default=1, help="Beams when generating in evaluation and prediction.")
+    num_beams: int | None = HfArg(default=None, help="Beams when generating. Default: the model's own setting.")
     ignore_pad_token_for_loss: bool = HfArg(default=True, help="Leave padding out of the loss.")
     source_prefix: str | None = HfArg(default=None, help='Text put before every source; T5 knows "summarize: ".')
     forced_bos_token: str | None = HfArg(default=None, help="First token generated: mBART's target language.")
@@ -300,6 +303,14 @@ def select_rows(raw, split: str, columns: tuple[str, str], max_samples: int | No
 # ------------------------------------------------------------------------------------------------ model
 
 
+def fetch(auto, model_args, flag: str = "model_name_or_path", **settings):
+    """auto.from_pretrained() of what a flag names, else the model; by model_checks.py all weights are its file's."""
+    flag = flag if getattr(model_args, flag) else "model_name_or_path"
+    hub = {name: getattr(model_args, name) for name in ("cache_dir", "token", "trust_remote_code")}
+    name, settings = getattr(model_args, flag), {"revision": model_args.model_revision, **hub, **settings}
+    return model_checks.load(auto, name, flag, **settings) if model_checks else auto.from_pretrained(name, **settings)
+
+
 def load_model(model_args, data_args, training_args):
     """
     (tokenizer of the sources, tokenizer of the targets, model), with evaluation's generation settings in the model.
@@ -308,20 +319,15 @@ def load_model(model_args, data_args, training_args):
     Raises UsageError.
     """
     name = model_args.model_name_or_path
-    hub = {key: getattr(model_args, key) for key in ("cache_dir", "token", "trust_remote_code")}
-    hub["revision"] = model_args.model_revision
-    fast = {"use_fast": model_args.use_fast_tokenizer, **hub}
-    try:
-        config = AutoConfig.from_pretrained(model_args.config_name or name, **hub)
-        tokenizer = target_tokenizer = AutoTokenizer.from_pretrained(model_args.tokenizer_name or name, **fast)
-        if (Path(name) / "decoder_tokenizer").is_dir():
-            target_tokenizer = AutoTokenizer.from_pretrained(Path(name) / "decoder_tokenizer", **fast)
-        # fp32 here: transformers 5 would keep a bf16 file in bf16, where small updates are lost unless they are
-        # rounded stochastically. Under DeepSpeed the bf16 copy is made from these weights.
-        dtype = torch.bfloat16 if model_args.pure_bf16 else torch.float32
-        model = AutoModelForSeq2SeqLM.from_pretrained(name, config=config, dtype=dtype, **hub)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--model_name_or_path {name}: cannot be loaded: {str(error)[:300]}") from None
+    fast = {"use_fast": model_args.use_fast_tokenizer}
+    config = fetch(AutoConfig, model_args, "config_name")
+    tokenizer = target_tokenizer = fetch(AutoTokenizer, model_args, "tokenizer_name", **fast)
+    if (Path(name) / "decoder_tokenizer").is_dir():
+        target_tokenizer = AutoTokenizer.from_pretrained(Path(name) / "decoder_tokenizer", **fast)
+    # fp32 here: transformers 5 would keep a bf16 file in bf16, where small updates are lost unless they are rounded
+    # stochastically. Under DeepSpeed the bf16 copy is made from these weights.
+    dtype = torch.bfloat16 if model_args.pure_bf16 else torch.float32
+    model = fetch(AutoModelForSeq2SeqLM, model_args, config=config, dtype=dtype)
     if target_tokenizer is tokenizer and len(tokenizer) > model.get_input_embeddings().num_embeddings:
         print(f"the tokenizer has more tokens than the model: the embeddings grow to {len(tokenizer)}", flush=True)
         model.resize_token_embeddings(len(tokenizer))
@@ -341,7 +347,10 @@ def set_generation_defaults(model, tokenizer, data_args, training_args) -> None:
     """Write the settings used for generating into the model, so that the exported folder generates the same."""
     generation = model.generation_config
     generation.max_length = training_args.generation_max_length or data_args.val_max_target_length
-    generation.num_beams = training_args.generation_num_beams or data_args.num_beams
+    generation.max_new_tokens = None  # where the model has one it would overrule the flag
+    generation.num_beams = training_args.generation_num_beams or data_args.num_beams or generation.num_beams
+    if generation.num_beams == 1:  # what a model tuned for beams has would not be saved beside one
+        generation.early_stopping, generation.length_penalty = False, 1.0
     if data_args.lang is not None:  # mBART and its like
         tokenizer.src_lang = tokenizer.tgt_lang = data_args.lang
         model.config.decoder_start_token_id = tokenizer.convert_tokens_to_ids(data_args.lang)
@@ -589,6 +598,13 @@ class SummarizationTrainer(TokenMeanTrainer):
             target_tokenizer.save_pretrained(Path(output_dir or self.args.output_dir) / "decoder_tokenizer")
 
 
+def show_summaries(rows, features, collator, tokenizer):
+    """The first rows' summaries before and after training."""
+    rows, features = (list(part.select(range(min(SHOWN_SAMPLES, len(part))))) for part in (rows, features))
+    write = partial(write_summaries, batch=collator(features), tokenizer=tokenizer)
+    return reports.SampleCallback(rows, write)
+
+
 def write_summaries(model, args, batch: dict, tokenizer) -> list[str]:
     """The summaries of a collated batch; every rank generates, because ZeRO-3 needs them all."""
     inputs = {name: batch[name].to(args.device) for name in ("input_ids", "attention_mask")}
@@ -691,10 +707,9 @@ def print_absent(training_args) -> None:
 def main(argv: list[str] | None = None) -> dict:
     """Fine-tune, evaluate and predict as the arguments say; returns the metrics of all_results.json."""
     # Arguments first: ZeRO-3 partitions the model while it is loaded, and knows that from training_args being alive.
+    wanted = (SUMMARIZATION_ARGUMENTS, find_columns, find_companion_problems)
     argv = sys.argv[1:] if argv is None else argv
-    model_args, data_args, training_args = parse_arguments(
-        argv, SUMMARIZATION_ARGUMENTS, find_columns, find_companion_problems, remove_unused_columns=False
-    )
+    model_args, data_args, training_args = parse_arguments(argv, *wanted, remove_unused_columns=False)
     last_checkpoint = training_args.resume_from_checkpoint
     if guards:
         guards.set_up_logging(training_args)
@@ -718,6 +733,9 @@ def main(argv: list[str] | None = None) -> dict:
         if wanted:
             splits[split] = prepare_split(raw, split, columns, limit, tokenizers, data_args, training_args)
 
+    if model_checks and splits:
+        model_checks.check_model(model, tokenizer, [*splits.values()][0][1][:200]["input_ids"], model_args)
+
     # Batches, loss, trainer
     collator = DataCollatorForSeq2Seq(
         tokenizer,
@@ -726,11 +744,8 @@ def main(argv: list[str] | None = None) -> dict:
         pad_to_multiple_of=8 if training_args.bf16 or training_args.fp16 or model_args.pure_bf16 else None,
     )
     train_collator, loss = choose_batches(model, collator, data_args, training_args)
-    callbacks = []
-    if reports and training_args.do_train and "validation" in splits and training_args.predict_with_generate:
-        rows, features = (list(part.select(range(min(SHOWN_SAMPLES, len(part))))) for part in splits["validation"])
-        write = partial(write_summaries, batch=collator(features), tokenizer=target_tokenizer)
-        callbacks.append(reports.SampleCallback(rows, write))
+    show = reports and training_args.do_train and "validation" in splits and training_args.predict_with_generate
+    callbacks = [show_summaries(*splits["validation"], collator, target_tokenizer)] if show else []
     metrics = partial(compute_metrics, tokenizer=target_tokenizer, language=data_args.rouge_language)
     trainer = SummarizationTrainer(
         model=model,

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, pipeline
 
-import guards
+import model_checks
 import run_clm_instruct as script
 from conftest import ROOT, make_instructions, run, run_warm, write_jsonl
 from test_run_summarization import KILL_IN_SAVE, history, read_predictions
@@ -357,5 +357,5 @@ def test_a_template_that_raises_is_named_with_its_message(place, tmp_path):
 
 def test_a_gated_model_says_where_to_accept_the_licence():
     error = OSError("You are trying to access a gated repo.\nMake sure to have access to it")
-    said = guards.explain_load_error("meta-llama/Llama-2-7b-hf", error)
+    said = model_checks.explain_load_error("model_name_or_path", "meta-llama/Llama-2-7b-hf", error)
     assert "https://huggingface.co/meta-llama/Llama-2-7b-hf" in said and "hf auth login" in said and "--token" in said
