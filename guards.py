@@ -188,6 +188,8 @@ def find_model_problems(args: argparse.Namespace) -> list[str]:
     if model_type and is_causal == is_seq2seq:
         what = "an encoder-decoder; run_summarization.py" if is_seq2seq else "no encoder-decoder; run_clm_instruct.py"
         problems.append(f"{named}: is {what} trains those")
+    if model_type == "fsmt":
+        problems.append(f"{named}: FSMT models are not trained: a batch's padding changes their losses (5.23)")
     limit = (config or {}).get("max_position_embeddings")
     if is_causal and limit and args.max_seq_length and args.max_seq_length > limit:
         problems.append(f"--max_seq_length {args.max_seq_length}: the model has {limit} positions; give {limit}")

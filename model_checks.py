@@ -47,7 +47,10 @@ def load(auto, name: str, flag: str = "model_name_or_path", **settings):
         except ValueError as error:
             raise UsageError(f"--{flag} {name}: generation_config.json is not JSON: {error}") from None
     try:
-        loaded = auto.from_pretrained(name, **settings, **({"output_loading_info": True} if is_model else {}))
+        more = (
+            {"output_loading_info": True, "ignore_mismatched_sizes": True} if is_model else {}
+        )  # those are named below
+        loaded = auto.from_pretrained(name, **settings, **more)
     except Exception as error:  # the library raises many kinds
         raise UsageError(explain_load_error(flag, name, error)) from None
     if not is_model:

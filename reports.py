@@ -279,11 +279,7 @@ UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}ー\p{Thai}\p{Lao}\p{Khmer}\p{Myanma
 
 
 class UnicodeTokenizer:
-    """
-    Words of any script for rouge_score, whose own tokenizer drops every non-ASCII letter; lower-cased.
-
-    A letter goes with its marks: without them Hindi's ka, ki and ke are one (Python's \\w leaves marks out).
-    """
+    """Words of any script for rouge_score, whose own tokenizer drops every non-ASCII letter; marks stay with it."""
 
     pattern = regex.compile(rf"[{UNSPACED}]\p{{M}}*|(?:(?![{UNSPACED}])[^\W_][\p{{M}}\u200c\u200d]*)+")
 

@@ -97,7 +97,6 @@ KNOWN_COLUMNS = (
 )
 
 COLUMNS = ("source", "reference")  # what the two columns are called from then on
-
 SHOWN_SAMPLES = 5
 
 # ------------------------------------------------------------------------------------------------ arguments
@@ -315,8 +314,7 @@ def load_model(model_args, data_args, training_args):
     """
     (tokenizer of the sources, tokenizer of the targets, model), with evaluation's generation settings in the model.
 
-    The tokenizers are one object but for a pair joined by tools/join_models.py, whose decoder has its own vocabulary.
-    Raises UsageError.
+    The tokenizers are one object but for a pair joined by tools/join_models.py.
     """
     name = model_args.model_name_or_path
     fast = {"use_fast": model_args.use_fast_tokenizer}
@@ -326,15 +324,13 @@ def load_model(model_args, data_args, training_args):
         target_tokenizer = AutoTokenizer.from_pretrained(Path(name) / "decoder_tokenizer", **fast)
     # fp32 here: transformers 5 would keep a bf16 file in bf16, where small updates are lost unless they are rounded
     # stochastically. Under DeepSpeed the bf16 copy is made from these weights.
-    dtype = torch.bfloat16 if model_args.pure_bf16 else torch.float32
-    model = fetch(AutoModelForSeq2SeqLM, model_args, config=config, dtype=dtype)
+    how = {"config": config, "dtype": torch.bfloat16 if model_args.pure_bf16 else torch.float32}
+    model = fetch(AutoModelForSeq2SeqLM, model_args, **how)
     if target_tokenizer is tokenizer and len(tokenizer) > model.get_input_embeddings().num_embeddings:
         print(f"the tokenizer has more tokens than the model: the embeddings grow to {len(tokenizer)}", flush=True)
         model.resize_token_embeddings(len(tokenizer))
-    if target_tokenizer is not tokenizer and target_tokenizer("a")["input_ids"][-1] != target_tokenizer.eos_token_id:
-        raise UsageError(
-            f"{name}/decoder_tokenizer: targets would have no end; tools/join_models.py makes a whole one"
-        )
+    if target_tokenizer.eos_token_id not in target_tokenizer(text_target="a")["input_ids"][-2:]:
+        raise UsageError(f"--model_name_or_path {name}: its tokenizer ends no target: targets would have no end")
     for parameter_name, parameter in model.named_parameters():
         if ".pooler." in parameter_name:  # of a BERT encoder: nothing reads it, and DDP would wait for its gradient
             parameter.requires_grad_(False)
@@ -351,24 +347,38 @@ def set_generation_defaults(model, tokenizer, data_args, training_args) -> None:
     generation.num_beams = training_args.generation_num_beams or data_args.num_beams or generation.num_beams
     if generation.num_beams == 1:  # what a model tuned for beams has would not be saved beside one
         generation.early_stopping, generation.length_penalty = False, 1.0
-    if data_args.lang is not None:  # mBART and its like
-        tokenizer.src_lang = tokenizer.tgt_lang = data_args.lang
-        model.config.decoder_start_token_id = tokenizer.convert_tokens_to_ids(data_args.lang)
-        generation.decoder_start_token_id = model.config.decoder_start_token_id
-    if data_args.forced_bos_token is not None:
-        generation.forced_bos_token_id = tokenizer.convert_tokens_to_ids(data_args.forced_bos_token)
-    if generation.decoder_start_token_id is None and model.config.decoder_start_token_id is None:
+    set_language(model, tokenizer, data_args)
+    configs = (generation, model.config, getattr(model.config, "decoder", None))
+    starts = [getattr(config, name, None) for name in ("decoder_start_token_id", "bos_token_id") for config in configs]
+    generation.decoder_start_token_id = next((start for start in starts if start is not None), None)
+    if generation.decoder_start_token_id is None:
         raise UsageError("the model's config has no decoder_start_token_id: it cannot start a summary")
     if data_args.source_prefix:
         model.config.task_specific_params = {"summarization": {"prefix": data_args.source_prefix}}
 
 
-def check_positions(model, tokenizer, target_tokenizer, data_args, training_args) -> None:
-    """
-    Raise UsageError where a length exceeds the positions there are; T5's are distances, and without end.
+def set_language(model, tokenizer, data_args) -> None:
+    """The language of texts and summaries, where the tokenizer writes its code (mBART, M2M100, NLLB, PLBART)."""
+    lang, first, codes = data_args.lang, data_args.forced_bos_token, getattr(tokenizer, "lang_code_to_token", {})
+    if hasattr(tokenizer, "src_lang") != (lang is not None):
+        raise UsageError(
+            f"--lang {lang or 'is missing'}: the tokenizer writes {'no' if lang else 'a'} language's code"
+        )
+    numbers = {"lang": codes.get(lang) if codes else lang, "forced_bos_token": first}
+    numbers = {flag: token and tokenizer.convert_tokens_to_ids(token) for flag, token in numbers.items()}
+    for flag in ("lang", "forced_bos_token"):
+        if getattr(data_args, flag) is not None and numbers[flag] in (None, tokenizer.unk_token_id):
+            raise UsageError(f"--{flag} {getattr(data_args, flag)}: the tokenizer has no such token")
+    if lang is not None:
+        tokenizer.src_lang = tokenizer.tgt_lang = lang
+    if lang is not None and type(tokenizer).__name__.startswith("MBartTokenizer"):
+        model.generation_config.decoder_start_token_id = model.config.decoder_start_token_id = numbers["lang"]
+    elif lang or first:  # all but mBART's first models have it after </s>
+        model.generation_config.forced_bos_token_id = numbers["forced_bos_token"] or numbers["lang"]
 
-    A joined pair's halves have each their own, and RoBERTa never uses its first ones: its tokenizer knows.
-    """
+
+def check_positions(model, tokenizer, target_tokenizer, data_args, training_args) -> None:
+    """Raise UsageError where a length exceeds the positions; of a joined pair the halves' tokenizers know theirs."""
     joined = target_tokenizer is not tokenizer
     lengths = {"max_source_length": data_args.max_source_length, "max_target_length": data_args.max_target_length}
     lengths |= {"val_max_target_length": data_args.val_max_target_length}
@@ -384,7 +394,16 @@ def check_positions(model, tokenizer, target_tokenizer, data_args, training_args
             )
 
 
-# ------------------------------------------------------------------------------------------------ tokens
+class SummaryCollator(DataCollatorForSeq2Seq):
+    """The stock one, with decoder_input_ids also for models that make none of labels (M2M100), and without a cache."""
+
+    def __call__(self, features: list[dict], return_tensors=None) -> dict:
+        batch = super().__call__(features, return_tensors)
+        if "decoder_input_ids" not in batch:
+            start = self.model.generation_config.decoder_start_token_id
+            ids = torch.nn.functional.pad(batch["labels"][:, :-1], (1, 0), value=start)
+            batch["decoder_input_ids"] = ids.masked_fill(ids == -100, self.model.config.pad_token_id)
+        return {**batch, "use_cache": False}
 
 
 def tokenize_rows(rows: dict, tokenizer, target_tokenizer, prefix: str, limits: dict) -> dict:
@@ -584,7 +603,7 @@ class SummarizationTrainer(TokenMeanTrainer):
         loss = sums[:, 0].sum() / sums[:, 1].sum().clamp(min=1)
         if prediction_loss_only or not self.args.predict_with_generate:
             return loss, None, None
-        prompt = {k: v for k, v in inputs.items() if k != "decoder_input_ids"}
+        prompt = {k: v for k, v in inputs.items() if k not in ("decoder_input_ids", "use_cache")}
         generated = self.model.generate(**prompt, synced_gpus=is_deepspeed_zero3_enabled(), **gen_kwargs)
         return loss, generated, labels
 
@@ -613,18 +632,12 @@ def write_summaries(model, args, batch: dict, tokenizer) -> list[str]:
     return tokenizer.batch_decode(ids, skip_special_tokens=True)
 
 
-# ------------------------------------------------------------------------------------------------ scores
-
 # Letters that are written without spaces between words, each a word of its own.
 UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}ー\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
 
 
 class UnicodeTokenizer:
-    """
-    Words of any script for rouge_score, whose own tokenizer drops every non-ASCII letter; lower-cased.
-
-    A letter goes with its marks: without them Hindi's ka, ki and ke are one (Python's \\w leaves marks out).
-    """
+    """Words of any script for rouge_score, whose own tokenizer drops every non-ASCII letter; marks stay with it."""
 
     pattern = regex.compile(rf"[{UNSPACED}]\p{{M}}*|(?:(?![{UNSPACED}])[^\W_][\p{{M}}\u200c\u200d]*)+")
 
@@ -677,7 +690,7 @@ def compute_metrics(output, tokenizer, language: str) -> dict[str, float]:
 def score_split(trainer, rows, features, prefix: str) -> None:
     """Evaluate on one split, log and save the metrics under `prefix`, and write the generated texts, if any."""
     output = trainer.predict(features, metric_key_prefix=prefix)
-    metrics = {**output.metrics, f"{prefix}_samples": len(rows)}
+    metrics = output.metrics | {f"{prefix}_samples": len(rows)}
     trainer.log({k: v for k, v in metrics.items() if k.startswith(prefix)})
     trainer.log_metrics(prefix, metrics)
     trainer.save_metrics(prefix, metrics)
@@ -692,9 +705,6 @@ def write_predictions(path: Path, rows, predictions: dict[int, str]) -> None:
     with open(path, "w", encoding="utf-8") as stream:
         for row in rows:
             stream.write(json.dumps(row | {"prediction": predictions[row["row"]]}, ensure_ascii=False) + "\n")
-
-
-# ------------------------------------------------------------------------------------------------ main
 
 
 def print_absent(training_args) -> None:
@@ -737,7 +747,7 @@ def main(argv: list[str] | None = None) -> dict:
         model_checks.check_model(model, tokenizer, [*splits.values()][0][1][:200]["input_ids"], model_args)
 
     # Batches, loss, trainer
-    collator = DataCollatorForSeq2Seq(
+    collator = SummaryCollator(
         tokenizer,
         model=model,
         label_pad_token_id=-100 if data_args.ignore_pad_token_for_loss else target_tokenizer.pad_token_id,

@@ -10,7 +10,9 @@ import pytest
 import copy_script as tool
 from conftest import ROOT, run
 
-COMPANIONS = ["fast_batches.py", "guards.py", "reports.py", "tables.py", "zero_adafactor.py"]
+COMPANIONS = ["fast_batches.py", "guards.py", "model_checks.py", "reports.py", "tables.py", "zero_adafactor.py"]
+GENERATION = ["chat_turns.py", "generation_store.py", "guards.py", "lora.py", "model_checks.py", "tables.py"]
+GENERATION += ["tools/merge_lora.py"]
 CHAT = ["chat_turns.py", "lora.py", "tools/merge_lora.py"]
 CHAT += [f"prompt_templates/{name}.jinja" for name in ("alpaca", "chatml", "llama2")]
 
@@ -29,7 +31,7 @@ def list_files(folder: Path) -> list[str]:
     [
         ("run_summarization.py", COMPANIONS),
         ("run_clm_instruct.py", [*COMPANIONS, *CHAT]),
-        ("run_generation.py", ["generation_store.py", "guards.py", "tables.py"]),
+        ("run_generation.py", GENERATION),
         ("guards.py", []),
         ("tools/merge_lora.py", []),
         ("tools/plan_run.py", ["guards.py", "tools/init_model.py", "zero_adafactor.py"]),
@@ -71,7 +73,7 @@ def test_equal_files_stay_and_missing_ones_are_added(tmp_path, capsys):
     capsys.readouterr()
     assert copy("run_summarization.py", tmp_path) == 0
     assert {path: path.stat().st_mtime_ns for path in before} == before
-    assert capsys.readouterr().out.count(" (was there): ") == 5 and (tmp_path / "guards.py").is_file()
+    assert capsys.readouterr().out.count(" (was there): ") == 6 and (tmp_path / "guards.py").is_file()
 
 
 def test_files_that_differ_are_all_named_and_nothing_is_copied(tmp_path, capsys):
@@ -111,6 +113,6 @@ def test_make_copy_is_this_tool(tmp_path):
         "DS_CONFIGS=zero2.json zero3.json",
     ]
     done = run(words, cwd=ROOT)
-    used = ["generation_store.py", "guards.py", "run_generation.py", "tables.py"]
-    assert list_files(to) == ["ds_configs/zero2.json", "ds_configs/zero3.json", *used]
+    configs = ["ds_configs/zero2.json", "ds_configs/zero3.json"]
+    assert list_files(to) == sorted([*configs, *GENERATION, "run_generation.py"])
     assert f"{to}/run_generation.py: " in done.stdout

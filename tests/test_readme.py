@@ -276,6 +276,7 @@ def test_the_readme_says_what_each_companion_costs_with_the_words_of_the_scripts
         "guards.py": "bad input ends late, in a traceback; a killed run goes on only with --resume_from_checkpoint; "
         "no curves or model card, and two runs in MLflow",
         "tables.py": "data as .csv, .json, .jsonl, .parquet or .txt only, and columns are not checked to be text",
+        "model_checks.py": "a model that lacks weights, or has another's tokenizer, is trained all the same",
         "reports.py": "no audit of labels, no samples, no list of decisions",
         "fast_batches.py": "about twice the time, more memory",
         "zero_adafactor.py": "4 bytes of state a parameter, updates that depend on the number of ranks",

@@ -11,7 +11,15 @@ from safetensors.torch import load_file
 
 from conftest import ROOT, run_warm
 
-COMPANIONS = ("guards.py", "tables.py", "chat_turns.py", "reports.py", "fast_batches.py", "zero_adafactor.py")
+COMPANIONS = (
+    "guards.py",
+    "tables.py",
+    "model_checks.py",
+    "chat_turns.py",
+    "reports.py",
+    "fast_batches.py",
+    "zero_adafactor.py",
+)
 SGD = ["--do_train", "--max_steps", "12", "--logging_steps", "1", "--optim", "sgd", "--learning_rate", "0.1"]
 SGD += ["--lr_scheduler_type", "constant", "--save_strategy", "no", "--disable_tqdm", "true"]
 WAYS = {  # rows a rank, accumulation steps, DeepSpeed file: 16 rows a step
@@ -22,6 +30,7 @@ WAYS = {  # rows a rank, accumulation steps, DeepSpeed file: 16 rows a step
 SENTENCES = {
     "guards.py": "guards.py is not beside this script: bad input ends late",
     "tables.py": "tables.py is not beside this script: data as .csv, .json",
+    "model_checks.py": "model_checks.py is not beside this script: a model that lacks weights",
     "reports.py": "reports.py is not beside this script: no audit of labels",
     "fast_batches.py": "fast_batches.py is not beside this script: batches are padded",
     "zero_adafactor.py": "zero_adafactor.py is not beside this script: under ZeRO",
