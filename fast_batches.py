@@ -411,7 +411,7 @@ class PackingCheck(TrainerCallback):
                 f"{gap:.2g}); use --attn_implementation sdpa, or no --packing"
             )
         if args.process_index == 0:
-            print(f"packing: examples packed or alone give the same logits (to {gap:.1e} of the largest)", flush=True)
+            print(f"packing: {self.rows}; packed or alone the same logits (to {gap:.1e} of the largest)", flush=True)
 
     def measure(self, model, device) -> float:
         """Largest difference of the logits of two packed examples from those of each alone, over the largest logit."""

@@ -141,7 +141,7 @@ def check_training(args: argparse.Namespace, problems=()) -> None:
     if args.output_dir is None and not audit_only:
         problems.append("--output_dir is missing: where the model and the results go")
     splits = {"do_train": "train", "do_eval": "validation", "do_predict": "test", "audit_only": "train"}
-    if args.do_train and hasattr(args, "validation_split_percentage"):
+    if (args.do_train or audit_only) and hasattr(args, "validation_split_percentage"):
         splits.pop("do_eval")  # there a share of the training data can be kept for it
     for task, split in splits.items():
         if getattr(args, task, False) and args.dataset_name is None and getattr(args, f"{split}_file") is None:

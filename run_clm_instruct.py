@@ -426,8 +426,7 @@ def lay_out(messages: list[dict], tokenizer, tools: list | None = None) -> Chat:
         answers[-1] = answers[-1]._replace(end=len(text), closed=True)
     # Stop tokens are cut out of a text before the rest is tokenised: they are safe borders.
     borders = [a.start for a in answers] + [a.end for a in answers if not a.closed]
-    unsupervised = sum(message["role"] == "assistant" for message in messages) - len(answers)
-    return Chat(messages, text, answers, borders, unsupervised)
+    return Chat(messages, text, answers, borders, sum(m["role"] == "assistant" for m in messages) - len(answers))
 
 
 def check_shown(messages: list[dict], turn: int, text: str, write) -> None:
@@ -715,16 +714,20 @@ def token_loss_sum(logits: torch.Tensor, labels: torch.Tensor, label_smoothing: 
     )
 
 
-def compute_next_token_loss(outputs, labels, num_items_in_batch=None, label_smoothing: float = 0.0) -> torch.Tensor:
+def compute_next_token_loss(outputs, labels, num_items_in_batch=None, label_smoothing=0.0, router=0.0) -> torch.Tensor:
     """The training loss: cross-entropy of each next token, summed, over the tokens of the whole global batch."""
     labels = shift_labels(labels)
     items = labels.ne(-100).sum() if num_items_in_batch is None else num_items_in_batch
-    return token_loss_sum(outputs.logits, labels, label_smoothing) / items
+    loss = token_loss_sum(outputs.logits, labels, label_smoothing)
+    if getattr(outputs, "aux_loss", None) is not None:  # a mixture's router loss, by the share of tokens that are here
+        loss = loss + router * outputs.aux_loss * labels.ne(-100).sum()
+    return loss / items
 
 
 def choose_rows(model, rows, limit: int, collator, data_args, training_args) -> tuple:
     """(rows to train on, their collator, callbacks, compute_loss_func): packed if asked for, and without logits."""
-    loss = partial(compute_next_token_loss, label_smoothing=training_args.label_smoothing_factor)
+    router = getattr(model.config, "router_aux_loss_coef", 0.0)
+    loss = partial(compute_next_token_loss, label_smoothing=training_args.label_smoothing_factor, router=router)
     if training_args.use_liger_kernel:  # it fuses the loss into the last matrix product, over num_items_in_batch too
         loss = None
     elif fast_batches:
@@ -732,8 +735,6 @@ def choose_rows(model, rows, limit: int, collator, data_args, training_args) -> 
     if not data_args.packing:
         return rows, collator, [], loss
     rows, collator, check = fast_batches.pack_causal(model, rows, limit, collator, training_args.use_cpu)
-    if training_args.process_index == 0:
-        print(f"packing: {rows}", flush=True)
     return rows, collator, [check], loss
 
 
@@ -747,8 +748,7 @@ class FilledSampler(torch.utils.data.Sampler):
     """
     Rows in the order of --train_sampling_strategy, then the last one, a filler, until every rank's last batch is full.
 
-    Left to itself accelerate fills the last batches with rows from the front, which are then trained on twice, and
-    how many there are depends on the number of ranks. The order is that of the whole batch, on any number of ranks.
+    Left to itself accelerate fills it with rows from the front, which are trained on twice. One order on any ranks.
     """
 
     def __init__(self, rows, args):
@@ -897,8 +897,8 @@ def main(argv: list[str] | None = None) -> dict:
     model = load_causal_model(config, tokenizer, model_args, training_args)
     if model_checks:
         model_checks.check_model(model, tokenizer, [*splits.values()][0][:200]["input_ids"], model_args)
-    half = training_args.bf16 or training_args.fp16 or model.dtype == torch.bfloat16
-    collator = train_collator = InstructCollator(tokenizer.pad_token_id, multiple=8 if half else 1)
+    multiple = 8 if training_args.bf16 or training_args.fp16 or model.dtype == torch.bfloat16 else 1
+    collator = train_collator = InstructCollator(tokenizer.pad_token_id, multiple)
     train_rows, loss, callbacks = None, None, []
     if training_args.do_train:
         settings = (splits["train"], limit, collator, data_args, training_args)

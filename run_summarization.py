@@ -518,8 +518,7 @@ class FilledSampler(torch.utils.data.Sampler):
     """
     Rows in the order of --train_sampling_strategy, then the last one, a filler, until every rank's last batch is full.
 
-    Left to itself accelerate fills the last batches with rows from the front, which are then trained on twice, and
-    how many there are depends on the number of ranks. The order is that of the whole batch, on any number of ranks.
+    Left to itself accelerate fills it with rows from the front, which are trained on twice. One order on any ranks.
     """
 
     def __init__(self, rows, args):

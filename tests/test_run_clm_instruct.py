@@ -6,10 +6,11 @@ import math
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, pipeline
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, MixtralConfig, pipeline
 
 import model_checks
 import run_clm_instruct as script
@@ -84,7 +85,7 @@ def test_what_it_prints_says_what_it_trains_on(overfitted):
     for said in (
         "data format: dolly (instruction, context, response); prompt template: dolly",
         "packing: 64 examples in",
-        "packing: examples packed or alone give the same logits",
+        "packed or alone the same logits",
         f"{'  share of answers':<34}{'100.0%':>14}",
         "effective batch 2 = 2 rows x 1 processes x 1 accumulation steps",
         "adamw_torch",
@@ -353,6 +354,27 @@ def test_a_template_that_raises_is_named_with_its_message(place, tmp_path):
     done = run_warm(*command(place, *flags), cwd=tmp_path, check=False)
     assert done.returncode == 2 and "Traceback" not in done.stdout
     assert "64 x the template says: no such talk" in done.stdout
+
+
+def test_the_router_loss_of_a_mixture_counts_and_reaches_the_router_however_the_batch_is_cut():
+    config = MixtralConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, vocab_size=50
+    )
+    config.update({"num_key_value_heads": 1, "num_local_experts": 4, "output_router_logits": True})
+    config.router_aux_loss_coef = 0.5
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    training_args = SimpleNamespace(label_smoothing_factor=0.0, use_liger_kernel=False, use_cpu=True)
+    *_, loss = script.choose_rows(model, None, 9, None, SimpleNamespace(packing=False), training_args)
+    ids = torch.randint(50, (4, 9), generator=torch.Generator().manual_seed(1))
+    outputs = model(input_ids=ids)
+    whole, plain = loss(outputs, ids), script.compute_next_token_loss(outputs, ids)
+    assert whole.item() == pytest.approx(plain.item() + 0.5 * outputs.aux_loss.item(), rel=1e-5)
+    parts = [loss(model(input_ids=part), part, num_items_in_batch=32) for part in ids.split(2)]
+    aux = [model(input_ids=part).aux_loss.item() for part in ids.split(2)]
+    assert sum(parts).item() == pytest.approx(plain.item() + 0.5 * sum(aux) / 2, rel=1e-5)
+    whole.backward()
+    assert all(p.grad.abs().sum() > 0 for n, p in model.named_parameters() if n.endswith("gate.weight"))
 
 
 def test_a_gated_model_says_where_to_accept_the_licence():
