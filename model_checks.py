@@ -19,8 +19,8 @@ try:
 except ModuleNotFoundError:
     UsageError = ValueError
 
-# Above this share of unknown tokens in the user's own texts a tokenizer is not the one for them.
-MAX_UNKNOWN = 0.10
+# Above this share of unknown tokens, of so many in the user's own texts, a tokenizer is not the one for them.
+MAX_UNKNOWN, LEAST_TOKENS = 0.10, 100
 # A tokenizer with half of the model's tokens, and a thousand less, is another model's; fewer are padding.
 LEAST_VOCABULARY, MOST_PADDING = 0.5, 1000
 
@@ -99,7 +99,7 @@ def check_model(model, tokenizer, token_ids: list[list[int]], model_args) -> Non
     ids = [token for row in token_ids for token in row if token >= 0]
     ends = (None, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)  # GPT-2 has one for all
     unknown = 0 if tokenizer.unk_token_id in ends else ids.count(tokenizer.unk_token_id)
-    if ids and unknown > MAX_UNKNOWN * len(ids):
+    if len(ids) >= LEAST_TOKENS and unknown > MAX_UNKNOWN * len(ids):
         problems.append(
             f"{named}: its tokenizer knows {unknown} of {len(ids)} tokens of the data not; is it the model's?"
         )

@@ -110,8 +110,9 @@ def test_a_tokenizer_that_does_not_know_the_data_or_is_anothers_is_refused(copie
     folder = copies("tiny-t5")
     model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     unknown = [tokenizer.unk_token_id]
-    assert "knows 2 of 10 tokens of the data not" in check(model, tokenizer, [unknown * 2 + [5] * 8])
-    model_checks.check_model(model, tokenizer, [unknown + [5] * 9], SimpleNamespace(model_name_or_path="here"))
+    assert "knows 11 of 100 tokens of the data not" in check(model, tokenizer, [unknown * 11 + [5] * 89])
+    for ids in (unknown * 10 + [5] * 90, unknown * 9):
+        model_checks.check_model(model, tokenizer, [ids], SimpleNamespace(model_name_or_path="here"))
     model.resize_token_embeddings(4000)
     assert "4000 tokens, its tokenizer has" in check(model, tokenizer, [])
 
