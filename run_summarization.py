@@ -703,7 +703,8 @@ def write_predictions(path: Path, rows, predictions: dict[int, str]) -> None:
     """JSONL with `row` (its number in the file, from 0), `source`, `reference` and `prediction` a row."""
     with open(path, "w", encoding="utf-8") as stream:
         for row in rows:
-            stream.write(json.dumps(row | {"prediction": predictions[row["row"]]}, ensure_ascii=False) + "\n")
+            row = {"row": row["row"], **row, "prediction": predictions[row["row"]]}
+            stream.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def print_absent(training_args) -> None:

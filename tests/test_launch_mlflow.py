@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 
-import reports
+import guards
 import run_clm_instruct
 import run_generation
 import run_summarization
@@ -119,7 +119,7 @@ def test_its_artifacts_are_the_deepspeed_file_the_results_the_curves_and_the_tex
     assert read_artifact(uri, run_id, "zero2.json") == (ROOT / "ds_configs/zero2.json").read_text()
     table = json.loads(read_artifact(uri, run_id, "generated_predictions.json"))
     rows = [json.loads(line) for line in (tracked / "out/generated_predictions.jsonl").read_text().splitlines()]
-    assert table["columns"] == ["source", "reference", "prediction"]
+    assert table["columns"] == ["row", "source", "reference", "prediction"]
     assert table["data"] == [list(row.values()) for row in rows] and len(rows) == 13
 
 
@@ -211,12 +211,13 @@ def test_a_run_that_fails_is_marked_as_failed_at_exit(tmp_path, monkeypatch):
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     at_exit = []
-    monkeypatch.setattr(reports.atexit, "register", lambda *call: at_exit.append(call))
+    monkeypatch.setattr(guards.atexit, "register", lambda *call: at_exit.append(call))
     args = SimpleNamespace(report_to=["mlflow"], run_name="broken", deepspeed=None)
     model = SimpleNamespace(config=SimpleNamespace(num_beams=4))
-    trainer = SimpleNamespace(args=args, model=model, is_world_process_zero=lambda: True)
+    handler = SimpleNamespace(callbacks=[])
+    trainer = SimpleNamespace(args=args, model=model, callback_handler=handler, is_world_process_zero=lambda: True)
     own = SimpleNamespace(num_beams=2, train_file="a.csv", token="hf_secret")
-    reports.start_tracking(trainer, own, SimpleNamespace())
+    guards.start_tracking(trainer, own, SimpleNamespace())
     mlflow.flush_async_logging()
     for function, *values in at_exit:
         if function is mlflow.end_run:
@@ -271,7 +272,9 @@ def load(uri: str, model: str):
 
 
 def read_texts(path: Path) -> list[str]:
-    return [row["review_body"] for row in run_generation.load_dataset("csv", data_files=str(path), split="train")]
+    return [
+        row["review_body"] for row in run_generation.datasets.load_dataset("csv", data_files=str(path), split="train")
+    ]
 
 
 def test_the_logged_encoder_decoder_gives_the_texts_of_run_generation(tuned, reviews, logged, tmp_path):
