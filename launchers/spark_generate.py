@@ -123,10 +123,10 @@ def find_generate_problems(args: argparse.Namespace, flags: dict) -> list[str]:
         values["output_file"] = os.path.join(values["output_file"], "part.parquet")
     values["deepspeed"] = None
     if script.guards:
-        args = argparse.Namespace(**values)
-        found = script.tables.find_problems(args, ["input_file"], script.find_text_column) if script.tables else []
+        given = argparse.Namespace(**values)
+        found = script.tables.find_problems(given, ["input_file"], script.find_text_column) if script.tables else []
         try:
-            script.guards.check_generation(args, flags["decoding"], found)
+            script.guards.check_generation(given, flags["decoding"], found)
         except script.UsageError as error:
             problems += str(error).split("\n")
     return problems + find_java_problems(args.timeout) + find_master_problems(args.master, args.timeout)
