@@ -236,9 +236,8 @@ def load_table(data_args, model_args):
         table = datasets.load_dataset(name, config, split=split, **hub)
     else:
         args = argparse.Namespace(**vars(data_args), **vars(model_args))
-        table = (
-            tables.read_table(data_args.input_file, args, typed=True) if tables else load_file(data_args.input_file)
-        )
+        read = partial(tables.read_table, args=args, typed=True) if tables else load_file
+        table = read(data_args.input_file)
     return table.select(range(min(data_args.max_samples or len(table), len(table))))
 
 
@@ -540,6 +539,17 @@ class MemoryStore:
     def add(self, round_number: int, rows: list[tuple[int, str]]) -> None:
         self.found.update({(round_number, row): text for row, text in rows})
 
+    def remove(self) -> None:
+        pass
+
+
+def open_store(table, text_column: str, model_args, data_args, decoding: dict, rank: int):
+    """generation_store.py's store of the output file, with what is finished; else one in memory. On all ranks."""
+    if generation_store is None:
+        return MemoryStore()
+    settings = generation_store.describe_settings(table, text_column, model_args, data_args, decoding)
+    return generation_store.open_store(f"{data_args.output_file}.parts", settings, rank)
+
 
 def share(store) -> None:
     """Give every rank what the others finished; all ranks must call it."""
@@ -731,17 +741,10 @@ def describe_generation(generator: Generator, table, text_column: str) -> str:
     known = set(vars(GenerationConfig())) - NOT_FLAGS
     given = {k: v for k, v in generator.config.to_diff_dict().items() if k in known and v is not None}
     settings = ", ".join(f"{k}={v}" for k, v in given.items() if not k.endswith("_token_id"))
-    return "\n".join(
-        [
-            *(
-                f"{name} is not beside this script: {cost}"
-                for name, cost in WITHOUT.items()
-                if not globals()[name[:-3]]
-            ),
-            f"{len(table)} rows, column {text_column!r}, {kind}, prompts of at most {prompts.limit} tokens",
-            f"{type(model).__name__} in {str(model.dtype).removeprefix('torch.')} on {model.device}: {settings}",
-        ]
-    )
+    lines = [f"{n} is not beside this script: {WITHOUT[n]}" for n in WITHOUT if not globals()[n.removesuffix(".py")]]
+    lines.append(f"{len(table)} rows, column {text_column!r}, {kind}, prompts of at most {prompts.limit} tokens")
+    dtype = str(model.dtype).removeprefix("torch.")
+    return "\n".join([*lines, f"{type(model).__name__} in {dtype} on {model.device}: {settings}"])
 
 
 def print_counts(counts: dict) -> None:
@@ -773,10 +776,7 @@ def main(argv: list[str] | None = None) -> dict:
     counts = {"rows": len(table), "written": 0, "without a text": texts.count(None)}
     if data_args.group_by is not None:
         groups, counts["groups left out"] = find_groups(table, texts, data_args)
-    store = MemoryStore()
-    if generation_store:
-        settings = generation_store.describe_settings(table, text_column, model_args, data_args, decoding)
-        store = generation_store.open_store(f"{data_args.output_file}.parts", settings, rank)
+    store = open_store(table, text_column, model_args, data_args, decoding, rank)
     if data_args.group_by is None:
         outputs, counts["cut"] = generate_round(generator, store, texts, 0, "Generating")
         result = table.add_column(data_args.output_column, outputs)
@@ -789,7 +789,7 @@ def main(argv: list[str] | None = None) -> dict:
         print_counts({**counts, "seconds": round(time.perf_counter() - started, 1)})
         print(f"written: {data_args.output_file}", flush=True)
     wait_for_all()
-    if generation_store and rank == 0:
+    if rank == 0:
         store.remove()
     return counts
 

@@ -62,12 +62,17 @@ def load_side(args: argparse.Namespace, dtype: str):
     argv += ["--output_file", "never-written.csv", "--max_source_length", args.max_source_length]
     argv += ["--num_beams", args.num_beams, "--max_new_tokens", args.max_new_tokens, "--max_samples", args.num_rows]
     argv += ["--text_column", args.text_column] if args.text_column else []
-    model_args, data_args, decoding = script.parse_generation_arguments([str(word) for word in argv])
+    return load_rows([str(word) for word in argv])
+
+
+def load_rows(argv: list[str]):
+    """A run_generation.Generator by run_generation.py's flags, and the token ids of the rows that have a text."""
+    model_args, data_args, decoding = script.parse_generation_arguments(argv)
     table = script.load_table(data_args, model_args)
     generator = script.load_generator(model_args, data_args, decoding)
-    column = script.find_text_column(table.column_names, data_args)
-    texts = [text for text in script.read_texts(table, column, generator.prompts.is_chat) if text is not None]
-    return generator, generator.prompts.encode(texts)[0]
+    column, dropped = script.find_text_column(table.column_names, data_args), data_args.drop_keys or ()
+    texts = script.read_texts(table, column, generator.prompts.is_chat, dropped)
+    return generator, generator.prompts.encode([text for text in texts if text is not None])[0]
 
 
 def generate_by_eights(generator, ids: list[list[int]]) -> list[list[int]]:

@@ -10,22 +10,17 @@ All other flags are run_generation.py's. One process, on the GPU where there is 
 import argparse
 import json
 import resource
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+from generation_speed import load_rows, script
 from tqdm.auto import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import run_generation as script  # noqa: E402
-
-
-def measure(generator, texts: list) -> dict[str, float]:
-    """Generate for texts one at a time: milliseconds at the 50th, 95th and 99th percentile, tokens/s, peak memory."""
-    ids, _ = generator.prompts.encode([text for text in texts if text is not None])
+def measure(generator, ids: list[list[int]]) -> dict[str, float]:
+    """Generate for prompts one at a time: milliseconds at the 50th, 95th, 99th percentile, tokens/s, peak memory."""
     script.generate_batch(generator, ids[:1], [0])  # the first one pays for start-up
     times, tokens = [], 0
     for row, prompt in enumerate(tqdm(ids, desc="One at a time", unit="row")):
@@ -46,14 +41,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     args, words = parser.parse_known_args(argv)
     words += ["--output_file", "never-written.csv", "--max_samples", str(args.num_rows)]
     try:
-        model_args, data_args, decoding = script.parse_generation_arguments(words)
-        table = script.load_table(data_args, model_args)
-        column = script.find_text_column(table.column_names, data_args)
-        generator = script.load_generator(model_args, data_args, decoding)
-        texts = script.read_texts(table, column, generator.prompts.is_chat)
+        generator, ids = load_rows(words)
     except script.UsageError as error:
         raise SystemExit(f"error: {error}") from None
-    results = measure(generator, texts)
+    results = measure(generator, ids)
     script.print_counts(results)
     if args.json:
         Path(args.json).write_text(json.dumps(results, indent=2) + "\n")

@@ -21,7 +21,7 @@ Serve it, on this machine only, and ask:
         -d '{"dataframe_records": [{"text": "The lens is great."}], "params": {"max_new_tokens": 24, "num_beams": 4}}'
 
 This file is also the logged model's code: MLflow runs the copy of it that lies in the model, beside run_generation.py
-and its companion guards.py.
+and its companions.
 """
 
 import argparse
@@ -237,7 +237,7 @@ def find_artifacts(folder: Path) -> dict[str, str]:
 
 def log_model(args: argparse.Namespace):
     """Log the folder as a models-from-code pyfunc; returns MLflow's ModelInfo."""
-    folder = Path(args.model_dir)
+    folder, companions = Path(args.model_dir), [getattr(rg, name.removesuffix(".py")) for name in rg.WITHOUT]
     is_adapter, is_chat = describe_model(folder)
     if is_adapter:
         base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
@@ -246,7 +246,7 @@ def log_model(args: argparse.Namespace):
         return mlflow.pyfunc.log_model(
             name=args.name,
             python_model=str(Path(__file__).resolve()),
-            code_paths=[module.__file__ for module in (rg, rg.guards, rg.chat_turns) if module],
+            code_paths=[module.__file__ for module in (rg, *companions) if module],
             artifacts=find_artifacts(folder),
             signature=make_signature(is_chat),
             input_example=make_example(is_chat),

@@ -196,15 +196,10 @@ def generate(args: argparse.Namespace, script) -> None:
     # Here the model is only looked at: what it takes and how it is prompted. Its errors show before a worker starts.
     text_column = script.find_text_column(table.column_names, data_args)
     prompts = script.load_generator(dataclasses.replace(model_args, use_cpu=True), data_args, decoding).prompts
-    texts = script.read_texts(table, text_column, prompts.is_chat)
+    texts = script.read_texts(table, text_column, prompts.is_chat, data_args.drop_keys or ())
 
     output = Path(data_args.output_file)
-    folder = output.with_name(output.name + ".parts")
-    describe = script.generation_store.describe_settings(table, text_column, model_args, data_args, decoding)
-    store = script.generation_store.Store(folder, describe, rank=0)
-    store.open()
-    if store.found:
-        print(f"going on: {len(store.found)} outputs are in {folder}", flush=True)
+    store = script.open_store(table, text_column, model_args, data_args, decoding, rank=0)
     rows = [i for i, text in enumerate(texts) if text is not None and (0, i) not in store.found]
     cut = 0
     with tqdm(total=len(rows), desc="Generating", unit="row") as bar:

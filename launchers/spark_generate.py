@@ -209,10 +209,10 @@ def take_gpu() -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(given.addresses)
 
 
-def read_batch(columns: dict, names: list[str], is_chat: bool) -> list:
+def read_batch(columns: dict, names: list[str], is_chat: bool, drop_keys=()) -> list:
     """The texts of a batch: None where there is none. Under pandas 3 a null string arrives as NaN."""
     table = Columns({name: [plain(value) for value in columns[name]] for name in names})
-    return script.read_texts(table, names[0], is_chat)
+    return script.read_texts(table, names[0], is_chat, drop_keys)
 
 
 def plain(value):
@@ -242,10 +242,12 @@ def generate_rows(generator, texts: list, numbers: list[int]) -> list[str]:
 def make_row_function(frozen: str, names: list[str]):
     """For a UDF: batches of (row number, text columns) in, batches of outputs out."""
 
+    drop_keys = json.loads(frozen)["values"]["drop_keys"] or ()
+
     def generate(batches: Iterator[tuple[pd.Series, ...]]) -> Iterator[pd.Series]:
         for numbers, *columns in batches:
             generator = load_once(frozen)
-            texts = read_batch(dict(zip(names, columns, strict=True)), names, generator.prompts.is_chat)
+            texts = read_batch(dict(zip(names, columns, strict=True)), names, generator.prompts.is_chat, drop_keys)
             yield pd.Series(generate_rows(generator, texts, numbers.tolist()), dtype=object)
 
     return generate
@@ -311,7 +313,8 @@ def generate_table(table, flags: dict, num_partitions: int | None = None):
     from pyspark.sql import functions as F
 
     context = table.sparkSession.sparkContext
-    for module in (sys.modules["spark_train"], script, script.guards, script.tables, script.chat_turns):
+    companions = [getattr(script, name.removesuffix(".py")) for name in script.WITHOUT]
+    for module in (sys.modules["spark_train"], script, *companions):
         if module:
             context.addPyFile(module.__file__)
     context.addPyFile(__file__)

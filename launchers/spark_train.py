@@ -61,17 +61,6 @@ PATH_OR_NAME_FLAG = re.compile(r"--(?:[a-z_]*_name_or_path|[a-z_]+_name|resume_f
 # Folders that are made where they are missing.
 MADE_FLAG = re.compile(r"--(?:output_dir|logging_dir|cache_dir)")
 
-# What makes a script safe and fast where it lies beside it.
-COMPANIONS = (
-    "guards.py",
-    "tables.py",
-    "chat_turns.py",
-    "reports.py",
-    "fast_batches.py",
-    "zero_adafactor.py",
-    "lora.py",
-)
-
 # What Spark asks of a "discovery script": {"name": "gpu", "addresses": ["0", "1"]}.
 LIST_GPUS = """#!/bin/sh
 found=$(nvidia-smi --query-gpu=index --format=csv,noheader | sed 's/.*/"&"/' | paste -s -d ,)
@@ -210,8 +199,10 @@ def make_path_absolute(flag: str, value: str) -> str:
 
 
 def list_needed_paths(script: str, words: list[str]) -> list[str]:
-    """The script with its companions and what its arguments name, if here: every worker must see it too."""
-    beside = [os.path.join(os.path.dirname(script), name) for name in COMPANIONS]
+    """The script with what it imports from beside it and what its arguments name: every worker must see it too."""
+    source = Path(script).read_text(encoding="utf-8") if os.path.isfile(script) else ""
+    names = re.findall(r"^\s*import (\w+)$", source, re.MULTILINE)
+    beside = [os.path.join(os.path.dirname(script), f"{name}.py") for name in names]
     needed, flag = [script, *filter(os.path.exists, beside)], ""
     for word in words:
         if word.startswith("--"):

@@ -300,6 +300,7 @@ def test_the_logged_model_is_code_and_safetensors_with_signature_and_example(log
     folder = Path(mlflow.artifacts.download_artifacts(logged[1]))
     files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     assert {"mlflow_model.py", "code/run_generation.py", "code/guards.py", "input_example.json"} <= files
+    assert {f"code/{name}" for name in run_generation.WITHOUT} <= files
     assert "artifacts/model.safetensors" in files
     kept_out = (".bin", ".pkl", ".pt", "predictions.jsonl", "_results.json", "trainer_state.json")
     assert not [name for name in files if name.endswith(kept_out) or "checkpoint-" in name]
