@@ -291,7 +291,7 @@ def parse_turns(cell):
     """A list of turns from its JSON, as CSV files and tables.py have it; anything else as it is."""
     with suppress(TypeError, ValueError):
         turns = json.loads(cell)
-        return turns if isinstance(turns, list) and all("role" in turn for turn in turns) else cell
+        return turns if turns and all("role" in dict(turn) for turn in turns) else cell
     return cell
 
 

@@ -1095,7 +1095,19 @@ def test_turns_may_be_the_json_of_a_tables_cell(cell):
 
 
 @pytest.mark.parametrize(
-    "text", ['["a", "b"]', "[1, 2]", '[{"no": "role"}]', "[broken", "7", "null", '{"role": "user"}']
+    "text",
+    [
+        '["a", "b"]',
+        "[1, 2]",
+        '[{"no": "role"}]',
+        "[broken",
+        "7",
+        "null",
+        "[]",
+        '["my role"]',
+        '"role"',
+        '{"role": "user"}',
+    ],
 )
 def test_text_that_looks_like_json_is_text(text):
     tokenizer = make_simple("plain")
