@@ -54,12 +54,11 @@ def add_adapters(model, known: int, model_args, training_args):
 
     targets = model_args.lora_target_modules or "all-linear"
     settings = {"r": model_args.lora_r, "lora_alpha": model_args.lora_alpha, "lora_dropout": model_args.lora_dropout}
-    embeddings = {id(m): m for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None}
-    added = list(range(known, model.get_input_embeddings().num_embeddings))
-    if added:
-        tied = model.config.tie_word_embeddings
-        names = [name.split(".")[-1] for name, module in model.named_modules() if id(module) in embeddings]
-        settings["trainable_token_indices"] = {name: added for name in (names[:1] if tied else names)}
+    if added := list(range(known, model.get_input_embeddings().num_embeddings)):
+        tables = [model.get_input_embeddings()]
+        tables += [] if model.config.tie_word_embeddings else [model.get_output_embeddings()]
+        names = [name.split(".")[-1] for name, module in model.named_modules() if any(module is t for t in tables)]
+        settings["trainable_token_indices"] = dict.fromkeys(names, added)
     if training_args.gradient_checkpointing:
         model.enable_input_require_grads()  # else no gradient enters the first checkpointed block
     try:
@@ -75,7 +74,7 @@ def load_adapted(folder: str, tokenizer, **settings):
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     config = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
-    base = config.get("base_model_name_or_path")
+    base = str(config.get("base_model_name_or_path"))
     auto = AutoModelForSeq2SeqLM if config.get("task_type") == "SEQ_2_SEQ_LM" else AutoModelForCausalLM
     try:
         model = model_checks.load(auto, base, **settings) if model_checks else auto.from_pretrained(base, **settings)

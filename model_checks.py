@@ -46,11 +46,10 @@ def load(auto, name: str, flag: str = "model_name_or_path", **settings):
             json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
         except ValueError as error:
             raise UsageError(f"--{flag} {name}: generation_config.json is not JSON: {error}") from None
+    if is_model:  # what does not match is named below
+        settings |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
-        more = (
-            {"output_loading_info": True, "ignore_mismatched_sizes": True} if is_model else {}
-        )  # those are named below
-        loaded = auto.from_pretrained(name, **settings, **more)
+        loaded = auto.from_pretrained(name, **settings)
     except Exception as error:  # the library raises many kinds
         raise UsageError(explain_load_error(flag, name, error)) from None
     if not is_model:

@@ -43,7 +43,7 @@ def find_problems(args, flags: list[str], find_columns) -> list[str]:
     What is wrong with the files of some flags, as `--flag path[:line]: what, and the way out`.
 
     find_columns(columns, args) returns the names needed of a file and raises UsageError where they do not serve. Those
-    of the first file, the training data, are asked of every other. Each file is read once, into the cache.
+    of the first file, the training data, are asked of every other. Each file is read into the cache of convert.
     """
     problems, wanted, first = [], None, None
     if int(os.environ.get("LOCAL_RANK", 0)) > 0:  # the first rank of a host says it, and fills the cache
@@ -77,8 +77,8 @@ def list_names(columns) -> list[str]:
 def check_text(path: str, odd: dict, columns: list[str]) -> None:
     """Raise UsageError where one of the columns holds something that is not text. odd: as convert returns it."""
     for name in columns:
-        kind, row = odd.get(name, ("list", 0))
-        if name in odd and not (name in NESTED and kind.startswith(("list", "large_list"))):
+        kind, row = odd.get(name, (None, None))
+        if kind is not None and not (kind == "list" and name in NESTED):
             raise UsageError(f"{path}: column {name!r} holds {kind}, not text, first in row {row}; write it as text")
 
 
@@ -122,14 +122,14 @@ def convert(path: str, args) -> tuple[datasets.table.Table, dict]:
     names = target.with_suffix(".json")
     if not target.is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        unfinished = [path.with_suffix(f"{path.suffix}.{os.getpid()}") for path in (names, target)]
+        rows, kinds = (file.with_suffix(f"{file.suffix}.{os.getpid()}") for file in (target, names))
         try:
-            unfinished[0].write_text(json.dumps(write_arrow(path, unfinished[1], *how)))
-            os.replace(unfinished[0], names)
-            os.replace(unfinished[1], target)  # last: where it is, both are whole
+            kinds.write_text(json.dumps(write_arrow(path, rows, *how)))
+            os.replace(kinds, names)
+            os.replace(rows, target)  # last: where it is, both are whole
         finally:
-            for path in unfinished:
-                path.unlink(missing_ok=True)
+            rows.unlink(missing_ok=True)
+            kinds.unlink(missing_ok=True)
     return datasets.table.MemoryMappedTable.from_file(str(target)), json.loads(names.read_text())
 
 
