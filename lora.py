@@ -26,7 +26,7 @@ try:
 except ModuleNotFoundError:
     model_checks = None
 
-MERGE_TOOL = Path(__file__).parent / "tools/merge_lora.py"
+MERGE_TOOL, MERGE_DTYPES = Path(__file__).parent / "tools/merge_lora.py", ("float32", "bfloat16", "float16")
 
 
 def find_problems(args: argparse.Namespace) -> list[str]:
@@ -37,6 +37,8 @@ def find_problems(args: argparse.Namespace) -> list[str]:
         f"--lora_dropout {args.lora_dropout}: must lie in 0 to 1, 1 left out": not 0 <= args.lora_dropout < 1,
         f"--lora_alpha {args.lora_alpha}: must be above 0": not 0 < args.lora_alpha < float("inf"),
         "--merge_lora: there is nothing to merge without --lora_r": args.merge_lora and not args.lora_r,
+        f"--merge_dtype {args.merge_dtype}: must be one of {', '.join(MERGE_DTYPES)}": args.merge_dtype
+        not in MERGE_DTYPES,
         "--merge_lora: needs tools/merge_lora.py; copy it beside this script": args.merge_lora
         and not MERGE_TOOL.is_file(),
     }
@@ -89,6 +91,7 @@ def merge(model_args, folder: str) -> None:
     """Write base and adapters as one plain model to `folder`/merged, in a process that DeepSpeed has not touched."""
     flags = {"--adapter_dir": folder, "--output_dir": f"{folder}/merged", "--cache_dir": model_args.cache_dir}
     flags |= {"--model_name_or_path": model_args.model_name_or_path, "--model_revision": model_args.model_revision}
+    flags["--merge_dtype"] = model_args.merge_dtype
     command = [sys.executable, str(MERGE_TOOL), *(part for flag in flags.items() if flag[1] for part in flag)]
     command += ["--trust_remote_code"] * model_args.trust_remote_code
     token = {"HF_TOKEN": model_args.token} if model_args.token else {}

@@ -109,6 +109,7 @@ class CausalModelArguments:
     lora_dropout: float = HfArg(default=0.05, help="Dropout before the adapters.")
     lora_target_modules: list[str] | None = HfArg(default=None, help="Modules with adapters. Default: all linear.")
     merge_lora: bool = HfArg(default=False, help="Then write base and adapters as one model to OUTPUT_DIR/merged.")
+    merge_dtype: str = HfArg(default="float32", help="Type of the merged weights: float32, bfloat16, float16.")
 
 
 @dataclass
@@ -545,11 +546,9 @@ def hash_text(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest(), "little") >> 1
 
 
-def encode_chats(
-    rows, numbers, tokenizer, data_format, columns, limit, assistant_only_loss=True, drop_keys=()
-) -> dict:
+def encode_chats(rows, index, tokenizer, data_format, columns, limit, assistant_only_loss=True, drop_keys=()) -> dict:
     """A batch of rows, columns by name, as columns of ROW; what is too long goes round again, with fewer exchanges."""
-    encoded, todo = [{"row": number} for number in numbers], []
+    encoded, todo = [{"row": number} for number in index], []
     special = re.compile("|".join(map(re.escape, tokenizer.all_special_tokens)))
     for i, row in enumerate(encoded):
         cells = {name: rows[name][i] for name in (*columns, *CHAT_COLUMNS) if name in rows and name not in drop_keys}

@@ -308,6 +308,7 @@ def arguments(place, tmp_path):
         ({"max_new_tokens": "0"}, "--max_new_tokens 0: must be 1 or more"),
         ({"lora_r": "-1"}, "--lora_r -1: must be 0 or more"),
         ({"merge_lora": True}, "--merge_lora: there is nothing to merge without --lora_r"),
+        ({"merge_dtype": "int8"}, "--merge_dtype int8: must be one of float32, bfloat16, float16"),
         ({"use_liger_kernel": True}, "--use_liger_kernel: needs a GPU and liger-kernel"),
         ({"text_column": "context", "packing": True}, "--packing: not for plain text"),
         ({"model_name_or_path": "./nowhere"}, "--model_name_or_path ./nowhere: there is no such folder"),
