@@ -43,7 +43,7 @@ class Store:
     def __init__(self, folder: Path, settings: dict, rank: int):
         self.folder, self.rank, self.stream = folder, rank, None
         self.digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
-        self.found = {}  # (round, row) -> text
+        self.found, self.cut_off = {}, set()  # (round, row) -> text; those that --max_new_tokens ended
 
     def open(self) -> None:
         """Read what is finished. Raises UsageError if it belongs to other arguments. All ranks must call it."""
@@ -65,14 +65,18 @@ class Store:
                 except ValueError:
                     continue  # empty, or torn by a kill
                 self.found.update({(batch["round"], row): text for row, text in batch["rows"]})
+                self.cut_off.update((batch["round"], row) for row in batch["cut_off"])
         wait_for_all()  # before any rank writes
         self.stream = open(self.folder / f"{time.time_ns()}-{self.rank}.jsonl", "w", encoding="utf-8")
 
-    def add(self, round_number: int, rows: list[tuple[int, str]]) -> None:
-        self.stream.write(json.dumps({"round": round_number, "rows": rows}, ensure_ascii=False) + "\n")
+    def add(self, round_number: int, rows: list[tuple[int, str]], cut_off: list[int] = ()) -> None:
+        """rows: (row, text) each; cut_off: the rows whose text --max_new_tokens ended."""
+        batch = {"round": round_number, "rows": rows, "cut_off": [*cut_off]}
+        self.stream.write(json.dumps(batch, ensure_ascii=False) + "\n")
         self.stream.flush()
         os.fsync(self.stream.fileno())
         self.found.update({(round_number, row): text for row, text in rows})
+        self.cut_off.update((round_number, row) for row in cut_off)
 
     def remove(self) -> None:
         self.stream.close()

@@ -39,17 +39,9 @@ import numpy as np
 import torch
 import transformers
 from tqdm.auto import tqdm
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    AutoTokenizer,
-    GenerationConfig,
-    HfArgumentParser,
-    LogitsProcessor,
-)
-from transformers.generation import GenerationMode
-from transformers.hf_argparser import HfArg
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig
+from transformers.generation import GenerationMode, LogitsProcessor
+from transformers.hf_argparser import HfArg, HfArgumentParser
 from transformers.integrations import HfDeepSpeedConfig
 
 # The companions beside this script. Without them the texts are the same; WITHOUT says what is lost.
@@ -112,6 +104,7 @@ DEFAULT_TOP_K = 50  # generate()'s
 
 # Rows that are tokenised and sorted by length together.
 WINDOW = 16_384
+ENDED, CUT_OFF = "ended by themselves", "at --max_new_tokens"  # as the texts are counted
 
 # ------------------------------------------------------------------------------------------------ arguments
 
@@ -415,6 +408,11 @@ class Generator:
     def decode(self, tokens: list[int]) -> str:
         return self.target_tokenizer.decode(tokens, skip_special_tokens=True).strip()
 
+    def is_cut_off(self, tokens: list[int]) -> bool:
+        """Whether --max_new_tokens ended a text; an end token that the settings force there (BART) is not its own."""
+        ends = [] if self.config.forced_eos_token_id else np.atleast_1d(self.config.eos_token_id)
+        return len(tokens) >= self.config.max_new_tokens and tokens[-1] not in (*ends, self.config.pad_token_id)
+
 
 def load_generator(model_args, data_args, decoding: dict) -> Generator:
     """The model on this rank's device; its own generation settings count where no flag says otherwise."""
@@ -451,9 +449,8 @@ def load_generating_model(model_args):
     if (Path(name) / "adapter_config.json").is_file():
         if lora is None:
             raise UsageError(f"--model_name_or_path {name}: adapters need lora.py; copy it beside this script")
-        model = lora.load_adapted(
-            name, tokenizer, cache_dir=model_args.cache_dir, token=model_args.token, **how
-        ).eval()
+        hub = {"cache_dir": model_args.cache_dir, "token": model_args.token}
+        model = lora.load_adapted(name, tokenizer, **hub, **how).eval()
     else:
         is_causal = not fetch(AutoConfig, model_args).is_encoder_decoder
         model = fetch(AutoModelForCausalLM if is_causal else AutoModelForSeq2SeqLM, model_args, **how).eval()
@@ -534,10 +531,11 @@ class MemoryStore:
     """Finished rows in memory; generation_store.py's has them on disk too."""
 
     def __init__(self):
-        self.found = {}  # (round, row) -> text
+        self.found, self.cut_off = {}, set()  # (round, row) -> text; those that --max_new_tokens ended
 
-    def add(self, round_number: int, rows: list[tuple[int, str]]) -> None:
+    def add(self, round_number: int, rows: list[tuple[int, str]], cut_off: list[int] = ()) -> None:
         self.found.update({(round_number, row): text for row, text in rows})
+        self.cut_off.update((round_number, row) for row in cut_off)
 
     def remove(self) -> None:
         pass
@@ -555,9 +553,10 @@ def share(store) -> None:
     """Give every rank what the others finished; all ranks must call it."""
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
         parts = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(parts, store.found)
-        for part in parts:
-            store.found.update(part)
+        torch.distributed.all_gather_object(parts, (store.found, store.cut_off))
+        for found, cut_off in parts:
+            store.found.update(found)
+            store.cut_off.update(cut_off)
 
 
 def wait_for_all() -> None:
@@ -662,7 +661,9 @@ def generate_round(generator: Generator, store, texts: list, number: int, title:
         for turn, batch in enumerate(mine):
             outputs = generate_batch(generator, [ids[i] for i in batch], [rows[i] for i in batch])
             if turn * world + rank < len(left):
-                store.add(number, [(rows[i], generator.decode(outputs[n])) for n, i in enumerate(batch)])
+                texts_of = [(rows[i], generator.decode(outputs[n])) for n, i in enumerate(batch)]
+                cut_off = [rows[i] for n, i in enumerate(batch) if generator.is_cut_off(outputs[n])]
+                store.add(number, texts_of, cut_off)
             bar.update(sum(len(batch) for batch in left[turn * world : (turn + 1) * world]))
     bar.close()
     share(store)
@@ -689,8 +690,7 @@ def summarise_groups(generator: Generator, store, groups: dict[str, list[str]]) 
         for (name, _), output in zip(parts, outputs, strict=True):
             summaries.setdefault(name, []).append(output)
         for name, texts in summaries.items():
-            if len(texts) == 1:
-                results[name]["prediction"] = texts[0]
+            results[name]["prediction"] = texts[0]
         open_texts = {name: texts for name, texts in summaries.items() if len(texts) > 1}
         number += 1
     return [results[name] for name in groups]
@@ -748,7 +748,10 @@ def describe_generation(generator: Generator, table, text_column: str) -> str:
 
 
 def print_counts(counts: dict) -> None:
-    print("\n".join(f"{name:<20}{value:>12}" for name, value in counts.items()), flush=True)
+    """The counts as a table, and what to do where many texts are cut off."""
+    print("\n".join(f"{name:<24}{value:>12}" for name, value in counts.items()), flush=True)
+    if counts.get(CUT_OFF, 0) > counts.get(ENDED, 0) / 9:  # above a tenth
+        print(f"{counts[CUT_OFF]} texts did not end within --max_new_tokens: raise it, or the model does not stop")
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -782,14 +785,12 @@ def main(argv: list[str] | None = None) -> dict:
         result = table.add_column(data_args.output_column, outputs)
     else:
         result, counts["cut"] = make_group_table(generator, store, groups, data_args)
-    counts["written"] = len(result)
+    counts |= {"written": len(result), ENDED: len(store.found) - len(store.cut_off), CUT_OFF: len(store.cut_off)}
     wait_for_all()
     if rank == 0:
         write_table(result, Path(data_args.output_file))
         print_counts({**counts, "seconds": round(time.perf_counter() - started, 1)})
         print(f"written: {data_args.output_file}", flush=True)
-    wait_for_all()
-    if rank == 0:
         store.remove()
     return counts
 

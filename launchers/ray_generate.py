@@ -138,12 +138,13 @@ class Generate:
 
     def __call__(self, batch: dict) -> dict:
         ids, rows = [row.tolist() for row in batch["ids"]], batch["row"].tolist()
-        texts = [""] * len(ids)
+        texts, cut_off = [""] * len(ids), np.zeros(len(ids), dtype=bool)
         for part in self.script.plan_rows(self.generator, ids):
             outputs = self.script.generate_batch(self.generator, [ids[i] for i in part], [rows[i] for i in part])
             for i, output in zip(part, outputs, strict=True):
-                texts[i] = self.generator.decode(output)
-        return {"row": batch["row"], "cut": batch["cut"], "output": np.array(texts, dtype=object)}
+                texts[i], cut_off[i] = self.generator.decode(output), self.generator.is_cut_off(output)
+        columns = {"row": batch["row"], "cut": batch["cut"], "cut_off": cut_off}
+        return columns | {"output": np.array(texts, dtype=object)}
 
 
 def make_blocks(texts: list, rows: list[int], args: argparse.Namespace) -> list:
@@ -206,15 +207,18 @@ def generate(args: argparse.Namespace, script) -> None:
         if rows:
             stages = make_stages(make_blocks(texts, rows, args), prompts, settings, args)
             for batch in stages.iter_batches(batch_size=None):
-                store.add(0, list(zip(batch["row"].tolist(), batch["output"].tolist(), strict=True)))
+                numbers = batch["row"].tolist()
+                cut_off = batch["row"][batch["cut_off"]].tolist()
+                store.add(0, list(zip(numbers, batch["output"].tolist(), strict=True)), cut_off)
                 cut += int(batch["cut"].sum())
                 bar.update(len(batch["row"]))
     result = table.add_column(data_args.output_column, [store.found.get((0, i), "") for i in range(len(texts))])
     script.write_table(result, output)
     store.remove()
     counts = {"rows": len(table), "without a text": texts.count(None), "cut": cut}
-    counts |= {"written": len(result), "seconds": round(time.perf_counter() - started, 1)}
-    print("\n".join(f"{name:<20}{value:>12}" for name, value in counts.items()), flush=True)
+    counts |= {"written": len(result), script.ENDED: len(store.found) - len(store.cut_off)}
+    counts |= {script.CUT_OFF: len(store.cut_off), "seconds": round(time.perf_counter() - started, 1)}
+    script.print_counts(counts)
     print(f"written: {output}", flush=True)
 
 

@@ -5,6 +5,7 @@ import csv
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -241,9 +242,34 @@ def test_every_column_and_the_order_are_kept_and_one_column_is_new(trained, tabl
         ids = tokenizer("summarize: " + before[i]["review_body"], truncation=True, max_length=96, return_tensors="pt")
         ids = model.generate(**ids, generation_config=GenerationConfig(max_new_tokens=12, num_beams=1))
         assert tokenizer.decode(ids[0], skip_special_tokens=True).strip() == after[i]["prediction"]
-    counts = dict(line.rsplit(maxsplit=1) for line in done.stdout.splitlines() if line.endswith(("2", "1", "150")))
-    assert (counts["without a text"], counts["cut"], counts["rows"]) == ("2", "1", "150")
+    counts = read_counts(done.stdout)
+    assert (counts["without a text"], counts["cut"], counts["rows"]) == (2, 1, 150)
+    assert counts["ended by themselves"] + counts["at --max_new_tokens"] == 148
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.csv", "run_generation.py"]
+
+
+def read_counts(printed: str) -> dict[str, int]:
+    return {name.strip(): int(number) for name, number in re.findall(r"^(\S.{23}) *(\d+)$", printed, re.M)}
+
+
+def test_texts_that_ran_into_the_limit_are_counted_and_above_a_tenth_warned_of(trained, table, tmp_path):
+    printed = []
+    for name, most in (("short", "2"), ("long", "40")):
+        words = command(trained, table, tmp_path / f"{name}.jsonl", "--max_new_tokens", most)
+        printed.append(run_warm(*words, cwd=tmp_path).stdout)
+    short, long = map(read_counts, printed)
+    assert (short["ended by themselves"], short["at --max_new_tokens"]) == (0, 148)
+    assert "148 texts did not end within --max_new_tokens: raise it" in printed[0]
+    assert long["ended by themselves"] > 140 and "did not end within" not in printed[1]
+
+
+def test_an_end_that_the_settings_force_at_the_limit_is_not_the_texts_own():
+    config = GenerationConfig(max_new_tokens=3, eos_token_id=[2, 7], pad_token_id=0, num_beams=1)
+    generator = script.Generator(None, None, None, config, 100, 0)
+    texts = ([5, 5, 2], [5, 7], [5, 5, 5], [5, 0, 0])  # the last ended by a stop string, and was padded in its batch
+    assert [generator.is_cut_off(tokens) for tokens in texts] == [False, False, True, False]
+    config.forced_eos_token_id = 2
+    assert [generator.is_cut_off(tokens) for tokens in texts] == [True, False, True, False]
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "parquet"])
@@ -361,7 +387,7 @@ def test_zero3_on_two_ranks_writes_the_table_of_one_process(trained, table, one_
 def test_a_run_killed_twice_goes_on_and_ends_with_the_same_file(trained, tmp_path):
     source = write_csv(tmp_path / "rows.csv", make_rows(600, 6))
     flags = ["--num_beams", "4", "--max_tokens_per_batch", "600"]
-    run_warm(*command(trained, source, tmp_path / "whole.csv", *flags), cwd=tmp_path)
+    counts = read_counts(run_warm(*command(trained, source, tmp_path / "whole.csv", *flags), cwd=tmp_path).stdout)
     words = [str(word) for word in command(trained, source, tmp_path / "out.csv", *flags)]
     parts = tmp_path / "out.csv.parts"
     for least in (5, 25):
@@ -375,7 +401,7 @@ def test_a_run_killed_twice_goes_on_and_ends_with_the_same_file(trained, tmp_pat
     newest = max(parts.glob("*.jsonl"), key=lambda path: path.name)
     newest.write_bytes(newest.read_bytes()[:-20])  # torn in the middle of its last line
     printed = run_warm(*words, cwd=tmp_path).stdout
-    assert "going on: " in printed
+    assert "going on: " in printed and read_counts(printed) == counts
     assert (tmp_path / "out.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
     assert not parts.exists()
 
