@@ -4,11 +4,11 @@
 # dependencies = ["torch>=2.8", "transformers>=5.17", "datasets", "safetensors"]
 # ///
 """
-Refuses bad input early and all at once, starts ranks, goes on after a kill, keeps MLflow's one run, draws the curves.
+Refuses bad input early and all at once, starts ranks, keeps MLflow's one run, draws the curves.
 
 Optional beside run_summarization.py, run_clm_instruct.py and run_generation.py: they compute the same without it. In
-the order in which a run meets them: read_arguments, check_training or check_generation, start_ranks, set_up_logging,
-find_checkpoint, start_tracking, write_reports, run_and_exit.
+the order in which a run meets them: read_arguments, check_training or check_generation, start_ranks, start_run,
+start_tracking, write_reports, run_and_exit.
 """
 
 import argparse
@@ -22,16 +22,19 @@ import socket
 import sys
 import time
 import warnings
-import zipfile
 from pathlib import Path
 
 import datasets
 import jinja2
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
 from transformers import TrainerCallback, TrainingArguments
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+
+try:
+    import checkpoints
+except ModuleNotFoundError:
+    checkpoints = None
 
 # Flags of older versions, transformers' and ours, and what says the same today.
 REPLACED_FLAGS = {
@@ -153,8 +156,8 @@ def check_training(args: argparse.Namespace, problems=()) -> None:
     problems += find_model_problems(args)
     problems += find_deepspeed_problems(args)
     problems += find_tracking_problems(args)
-    if args.output_dir is not None and not audit_only:
-        problems += find_output_problems(args)
+    if args.output_dir is not None and not audit_only and checkpoints:
+        problems += checkpoints.find_problems(args)
     if problems:
         raise UsageError("\n".join(problems))
 
@@ -319,32 +322,6 @@ def find_tracking_problems(args: argparse.Namespace) -> list[str]:
     return problems
 
 
-def find_output_problems(args: argparse.Namespace) -> list[str]:
-    """An output folder may be new, empty, or one whose run goes on from a checkpoint; nothing is overwritten."""
-    folder = Path(args.output_dir)
-    if folder.exists() and not folder.is_dir():
-        return [f"--output_dir {folder}: is a file"]
-    # runs/ holds TensorBoard's curves, which an attempt writes from its first second on.
-    held = sorted(entry.name for entry in folder.iterdir() if entry.name != "runs") if folder.exists() else []
-    if args.do_train:
-        # The last file of a run; all_results.json is there before the last evaluation, which a kill may end.
-        if "trainer_state.json" in held and args.resume_from_checkpoint is None:
-            return [
-                f"--output_dir {folder}: holds a finished run; name another folder, or go on from it with "
-                "--resume_from_checkpoint CHECKPOINT"
-            ]
-        if held and not any(name.startswith("checkpoint-") for name in held) and args.resume_from_checkpoint is None:
-            return [
-                f"--output_dir {folder}: holds something else ({', '.join(held[:5])}) and no checkpoint to go on "
-                "from; name another folder or empty it"
-            ]
-        return []
-    results = [name for name in held if name in ("all_results.json", "generated_predictions.jsonl")]
-    if results:
-        return [f"--output_dir {folder}: already holds {', '.join(results)}; name another folder"]
-    return []
-
-
 # ------------------------------------------------------------------------------------------------ ranks
 
 
@@ -387,68 +364,18 @@ def set_up_logging(training_args) -> None:
 # ------------------------------------------------------------------------------------------------ checkpoints
 
 
-def find_checkpoint(training_args) -> str | None:
-    """The checkpoint to go on from: the one named, else the newest complete one in the output folder, else None."""
-    if not training_args.do_train:
-        return None
-    named = training_args.resume_from_checkpoint
-    if named is not None and named.lower() not in ("true", "false"):
-        missing = explain_incomplete(named)
-        if missing:
-            raise UsageError(f"--resume_from_checkpoint {named}: {missing}")
-        return named
-    folder = Path(training_args.output_dir)
-    checkpoints = [p for p in folder.glob("checkpoint-*") if p.name.split("-")[-1].isdigit()]
-    for path in sorted(checkpoints, key=lambda p: int(p.name.split("-")[-1]), reverse=True):
-        missing = explain_incomplete(path)
-        if missing is None:
-            return str(path)
+def start_run(model_args, data_args, training_args) -> tuple[str | None, dict | None]:
+    """Sets up logging, and returns the checkpoint to go on from, and the results of a run that is finished."""
+    set_up_logging(training_args)
+    if checkpoints is None:
         if training_args.process_index == 0:
-            print(f"Passing over {path}: {missing}. The process was probably killed while saving.", flush=True)
-    return None
-
-
-def explain_incomplete(checkpoint: str | Path) -> str | None:
-    """
-    Why a checkpoint folder cannot be resumed from, or None if it is whole.
-
-    The trainer writes weights, optimizer, random states and then trainer_state.json; a kill in between leaves the
-    folder behind, and transformers' get_last_checkpoint picks it (seen on 5.23). torch's files are zip archives,
-    whose directory stands at the end, and safetensors' headers say how long they are: a torn one shows at once.
-    """
-    folder = Path(checkpoint)
-    if not folder.is_dir():
-        return "there is no such folder"
+            cost = "a killed run goes on only with --resume_from_checkpoint, and what differs is not said"
+            print(f"checkpoints.py is not beside guards.py: {cost}", flush=True)
+        return training_args.resume_from_checkpoint, None
     try:
-        json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return "trainer_state.json is missing or torn"
-    for path in folder.rglob("*"):
-        if path.suffix in (".pt", ".pth", ".bin", ".safetensors") and not is_whole(path):
-            return f"{path.relative_to(folder)} is torn"
-        if path.name.endswith(".index.json"):
-            shards = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
-            if lost := [s for s in sorted(shards) if not (folder / s).is_file()]:
-                return f"{lost[0]} is missing"
-    if not any((folder / name).exists() for name in ("optimizer.pt", "optimizer.bin", "latest")):
-        return "the optimizer's state is missing"
-    if (folder / "latest").exists():
-        tag = folder / (folder / "latest").read_text(encoding="utf-8").strip()
-        ranks, states = len(list(folder.glob("rng_state*.pth"))), len(list(tag.glob("*_optim_states.pt")))
-        if ranks != states or states == 0:
-            return f"{states} optimizer states and {ranks} random states: not one of each for every rank"
-    return None
-
-
-def is_whole(path: Path) -> bool:
-    """Whether a file of torch's or of safetensors is as long as it says itself."""
-    if path.suffix != ".safetensors":
-        return zipfile.is_zipfile(path)
-    try:
-        with safe_open(path, "pt"):
-            return True
-    except (SafetensorError, OSError):
-        return False
+        return checkpoints.choose_checkpoint(model_args, data_args, training_args)
+    except checkpoints.FolderError as error:
+        raise UsageError(str(error)) from None
 
 
 # ------------------------------------------------------------------------------------------------ tracking
@@ -484,7 +411,10 @@ def start_tracking(trainer, *arguments) -> None:
     goes on with and leaves open, for write_reports.
     """
     args = trainer.args
-    trainer.callback_handler.callbacks.insert(0, WholeRunLoss())  # before those that print
+    own = [WholeRunLoss()]
+    if checkpoints:
+        own.append(checkpoints.RunFolder(args.output_dir, arguments))
+    trainer.callback_handler.callbacks[1:1] = own  # after the one that decides what is due, before those that print
     if "mlflow" not in args.report_to or not trainer.is_world_process_zero():
         return
     import mlflow
@@ -532,6 +462,8 @@ def write_reports(trainer, task: str, model_args, data_args) -> None:
         trainer.create_model_card(**card)
     if "mlflow" in trainer.args.report_to:
         end_tracking(folder)
+    if checkpoints:
+        checkpoints.finish(folder)
 
 
 def draw_curves(history: list[dict], path: Path) -> None:

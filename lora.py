@@ -13,6 +13,7 @@ import argparse
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -64,8 +65,7 @@ def add_adapters(model, known: int, model_args, training_args):
     if training_args.gradient_checkpointing:
         model.enable_input_require_grads()  # else no gradient enters the first checkpointed block
     try:
-        config = peft.LoraConfig(**settings, target_modules=targets, task_type="CAUSAL_LM")
-        return peft.get_peft_model(model, config)
+        return peft.get_peft_model(model, peft.LoraConfig(**settings, target_modules=targets, task_type="CAUSAL_LM"))
     except ValueError as error:
         raise UsageError(f"--lora_target_modules {targets}: {error}") from None
 
@@ -95,5 +95,6 @@ def merge(model_args, folder: str) -> None:
     command = [sys.executable, str(MERGE_TOOL), *(part for flag in flags.items() if flag[1] for part in flag)]
     command += ["--trust_remote_code"] * model_args.trust_remote_code
     token = {"HF_TOKEN": model_args.token} if model_args.token else {}
+    shutil.rmtree(f"{folder}/merged", ignore_errors=True)  # of a run that was killed after it
     if subprocess.run(command, env=os.environ | token).returncode != 0:
         raise UsageError(f"--merge_lora: {MERGE_TOOL.name} failed; the adapters themselves are in {folder}")

@@ -101,9 +101,7 @@ class CausalModelArguments:
     token: str | None = HfArg(default=None, help="Hub token for private and gated models; never logged.")
     trust_remote_code: bool = HfArg(default=False, help="Run a hub model's own code. Only for code you have read.")
     attn_implementation: str | None = HfArg(default=None, help="sdpa, eager, flash_attention_2, flex_attention.")
-    pure_bf16: bool = HfArg(
-        default=False, help="Everything in bf16, rounded stochastically: 4 bytes a parameter. Needs --optim adafactor."
-    )
+    pure_bf16: bool = HfArg(default=False, help="All in bf16, rounded stochastically; with --optim adafactor.")
     lora_r: int = HfArg(default=0, help="Train low-rank adapters of this rank. 0: all parameters.")
     lora_alpha: float = HfArg(default=32.0, help="Adapters are scaled by alpha / r.")
     lora_dropout: float = HfArg(default=0.05, help="Dropout before the adapters.")
@@ -127,9 +125,7 @@ class InstructDataArguments:
     data_format: str | None = HfArg(default=None, help="dolly, alpaca, prompt, chat, text; else by columns.")
     text_column: str | None = HfArg(default=None, help="Column of plain text to train on whole.")
     drop_keys: list[str] | None = HfArg(default=None, help="Columns, or keys of turns, to do without if refused.")
-    prompt_template: str | None = HfArg(
-        default=None, help="chat (the tokenizer's), dolly, plain ..., or a Jinja file."
-    )
+    prompt_template: str | None = HfArg(default=None, help="chat (the tokenizer's), dolly, plain ..., or a file.")
     max_seq_length: int | None = HfArg(default=None, help="Longest example in tokens. Default: 1024, or the model's.")
     packing: bool = HfArg(default=False, help="Pack whole examples, apart, into rows of --max_seq_length.")
     assistant_only_loss: bool = HfArg(default=True, help="Loss on the answers only; false: on every token.")
@@ -235,11 +231,10 @@ def load_raw_datasets(data_args, model_args):
     hub = {"cache_dir": model_args.cache_dir, "token": model_args.token}
     if data_args.dataset_name is not None:
         return datasets.load_dataset(data_args.dataset_name, data_args.dataset_config_name, **hub)
-    files = {"train": data_args.train_file, "validation": data_args.validation_file, "test": data_args.test_file}
-    files = {split: path for split, path in files.items() if path is not None}
+    files = {split: getattr(data_args, f"{split}_file") for split in ("train", "validation", "test")}
     args = argparse.Namespace(**vars(data_args), **vars(model_args))
     load = partial(tables.read_table, args=args) if tables else load_file
-    return datasets.DatasetDict({split: load(path) for split, path in files.items()})
+    return datasets.DatasetDict({split: load(path) for split, path in files.items() if path is not None})
 
 
 def load_file(path: str):
@@ -347,13 +342,12 @@ PROMPT_TEMPLATES = {
 {%- endfor %}""",
 }
 PROMPT_TEMPLATES |= {path.stem: path.read_text() for path in Path(__file__).parent.glob("prompt_templates/*.jinja")}
-DEFAULT_TEMPLATES = {"dolly": "dolly", "alpaca": "alpaca", "prompt": "plain"}
+DEFAULT_TEMPLATES = {"dolly": "dolly", "alpaca": "alpaca", "prompt": "plain", "chat": "chat"}
 
 
 def set_prompt_template(tokenizer, data_args, data_format: str) -> str:
     """Give the tokenizer the chat template of the prompts, so that it is saved with the model; returns its name."""
-    default = "chat" if tokenizer.chat_template else DEFAULT_TEMPLATES.get(data_format, "chat")
-    name = data_args.prompt_template or default
+    name = data_args.prompt_template or ("chat" if tokenizer.chat_template else DEFAULT_TEMPLATES[data_format])
     if name != "chat":
         if name not in PROMPT_TEMPLATES and not Path(name).is_file():
             raise UsageError(f"--prompt_template {name}: needs prompt_templates/{name}.jinja beside this script")
@@ -723,8 +717,10 @@ def compute_next_token_loss(outputs, labels, num_items_in_batch=None, label_smoo
     return loss / items
 
 
-def choose_rows(model, rows, limit: int, collator, data_args, training_args) -> tuple:
+def choose_rows(model, splits: dict, limit: int, collator, data_args, training_args) -> tuple:
     """(rows to train on, their collator, callbacks, compute_loss_func): packed if asked for, and without logits."""
+    if not training_args.do_train:
+        return None, collator, [], None
     router = getattr(model.config, "router_aux_loss_coef", 0.0)
     loss = partial(compute_next_token_loss, label_smoothing=training_args.label_smoothing_factor, router=router)
     if training_args.use_liger_kernel:  # it fuses the loss into the last matrix product, over num_items_in_batch too
@@ -732,8 +728,8 @@ def choose_rows(model, rows, limit: int, collator, data_args, training_args) -> 
     elif fast_batches:
         loss = fast_batches.fuse_loss(model, training_args.label_smoothing_factor, shift=True) or loss
     if not data_args.packing:
-        return rows, collator, [], loss
-    rows, collator, check = fast_batches.pack_causal(model, rows, limit, collator, training_args.use_cpu)
+        return splits["train"], collator, [], loss
+    rows, collator, check = fast_batches.pack_causal(model, splits["train"], limit, collator, training_args.use_cpu)
     return rows, collator, [check], loss
 
 
@@ -804,6 +800,11 @@ class TokenMeanTrainer(Seq2SeqTrainer):
         filled = FilledSampler(self.train_dataset, self.args)
         return super()._get_train_sampler() if self.args.dataloader_drop_last else filled
 
+    def _run_epoch(self, *args, **kwargs):
+        """The stock one, if a step is left: a run killed after its last one would train another (5.23)."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+
     def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
         """The stock loop, with every row gathered once and the loss taken over the tokens of the whole set."""
         self.row_sums = []
@@ -870,8 +871,9 @@ def main(argv: list[str] | None = None) -> dict:
     model_args, data_args, training_args = parse_arguments(argv, *wanted, remove_unused_columns=False)  # for answers
     last_checkpoint = training_args.resume_from_checkpoint
     if guards:
-        guards.set_up_logging(training_args)
-        last_checkpoint = guards.find_checkpoint(training_args)
+        last_checkpoint, results = guards.start_run(model_args, data_args, training_args)
+        if results is not None:
+            return results
     if training_args.n_gpu > 1:  # DataParallel would scatter the rows but not the token count
         training_args._n_gpu = 1
     print_absent(training_args)
@@ -897,11 +899,8 @@ def main(argv: list[str] | None = None) -> dict:
     if model_checks:
         model_checks.check_model(model, tokenizer, [*splits.values()][0][:200]["input_ids"], model_args)
     multiple = 8 if training_args.bf16 or training_args.fp16 or model.dtype == torch.bfloat16 else 1
-    collator = train_collator = InstructCollator(tokenizer.pad_token_id, multiple)
-    train_rows, loss, callbacks = None, None, []
-    if training_args.do_train:
-        settings = (splits["train"], limit, collator, data_args, training_args)
-        train_rows, train_collator, callbacks, loss = choose_rows(model, *settings)
+    collator = InstructCollator(tokenizer.pad_token_id, multiple)
+    train_rows, train_collator, callbacks, loss = choose_rows(model, splits, limit, collator, data_args, training_args)
     generate = reports.choose_generation(model, tokenizer, data_args, training_args) if reports else None
     if training_args.do_train and training_args.predict_with_generate and "validation" in splits:
         callbacks.append(reports.show_answers(generate, splits["validation"]))
@@ -937,10 +936,10 @@ def main(argv: list[str] | None = None) -> dict:
         if split in splits:
             evaluate_split(trainer, splits[split], prefix)
     trainer.save_state()
-    if guards:
-        guards.write_reports(trainer, "text-generation", model_args, data_args)
     if model_args.merge_lora and training_args.do_train and trainer.is_world_process_zero():
         lora.merge(model_args, training_args.output_dir)
+    if guards:
+        guards.write_reports(trainer, "text-generation", model_args, data_args)
     results = Path(training_args.output_dir, "all_results.json")
     return json.loads(results.read_text()) if trainer.is_world_process_zero() else {}
 

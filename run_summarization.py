@@ -39,16 +39,8 @@ import datasets
 import numpy as np
 import regex
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForSeq2SeqLM,
-    AutoTokenizer,
-    DataCollatorForSeq2Seq,
-    HfArgumentParser,
-    Seq2SeqTrainer,
-    Seq2SeqTrainingArguments,
-    set_seed,
-)
+import transformers
+from transformers import HfArgumentParser, Seq2SeqTrainer, Seq2SeqTrainingArguments, set_seed
 from transformers.hf_argparser import HfArg
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_pt_utils import get_length_grouped_indices
@@ -252,11 +244,10 @@ def load_raw_datasets(data_args, model_args):
     hub = {"cache_dir": model_args.cache_dir, "token": model_args.token}
     if data_args.dataset_name is not None:
         return datasets.load_dataset(data_args.dataset_name, data_args.dataset_config_name, **hub)
-    files = {"train": data_args.train_file, "validation": data_args.validation_file, "test": data_args.test_file}
-    files = {split: path for split, path in files.items() if path is not None}
+    files = {split: getattr(data_args, f"{split}_file") for split in ("train", "validation", "test")}
     args = argparse.Namespace(**vars(data_args), **vars(model_args))
     load = partial(tables.read_table, args=args) if tables else load_file
-    return datasets.DatasetDict({split: load(path) for split, path in files.items()})
+    return datasets.DatasetDict({split: load(path) for split, path in files.items() if path is not None})
 
 
 def load_file(path: str):
@@ -318,14 +309,14 @@ def load_model(model_args, data_args, training_args):
     """
     name = model_args.model_name_or_path
     fast = {"use_fast": model_args.use_fast_tokenizer}
-    config = fetch(AutoConfig, model_args, "config_name")
-    tokenizer = target_tokenizer = fetch(AutoTokenizer, model_args, "tokenizer_name", **fast)
+    config = fetch(transformers.AutoConfig, model_args, "config_name")
+    tokenizer = target_tokenizer = fetch(transformers.AutoTokenizer, model_args, "tokenizer_name", **fast)
     if (Path(name) / "decoder_tokenizer").is_dir():
-        target_tokenizer = AutoTokenizer.from_pretrained(Path(name) / "decoder_tokenizer", **fast)
+        target_tokenizer = transformers.AutoTokenizer.from_pretrained(Path(name) / "decoder_tokenizer", **fast)
     # fp32 here: transformers 5 would keep a bf16 file in bf16, where small updates are lost unless they are rounded
     # stochastically. Under DeepSpeed the bf16 copy is made from these weights.
     how = {"config": config, "dtype": torch.bfloat16 if model_args.pure_bf16 else torch.float32}
-    model = fetch(AutoModelForSeq2SeqLM, model_args, **how)
+    model = fetch(transformers.AutoModelForSeq2SeqLM, model_args, **how)
     if target_tokenizer is tokenizer and len(tokenizer) > model.get_input_embeddings().num_embeddings:
         print(f"the tokenizer has more tokens than the model: the embeddings grow to {len(tokenizer)}", flush=True)
         model.resize_token_embeddings(len(tokenizer))
@@ -394,7 +385,7 @@ def check_positions(model, tokenizer, target_tokenizer, data_args, training_args
             )
 
 
-class SummaryCollator(DataCollatorForSeq2Seq):
+class SummaryCollator(transformers.DataCollatorForSeq2Seq):
     """The stock one, with decoder_input_ids also for models that make none of labels (M2M100), and without a cache."""
 
     def __call__(self, features: list[dict], return_tensors=None) -> dict:
@@ -575,6 +566,11 @@ class TokenMeanTrainer(Seq2SeqTrainer):
         filled = FilledSampler(self.train_dataset, self.args)
         return super()._get_train_sampler() if self.args.dataloader_drop_last else filled
 
+    def _run_epoch(self, *args, **kwargs):
+        """The stock one, if a step is left: a run killed after its last one would train another (5.23)."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+
     def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
         """The stock loop, with every row gathered once and the loss taken over the tokens of the whole set."""
         self.row_sums = []
@@ -722,8 +718,9 @@ def main(argv: list[str] | None = None) -> dict:
     model_args, data_args, training_args = parse_arguments(argv, *wanted, remove_unused_columns=False)
     last_checkpoint = training_args.resume_from_checkpoint
     if guards:
-        guards.set_up_logging(training_args)
-        last_checkpoint = guards.find_checkpoint(training_args)
+        last_checkpoint, results = guards.start_run(model_args, data_args, training_args)
+        if results is not None:
+            return results
     if training_args.n_gpu > 1:  # DataParallel would scatter the rows but not the token count
         training_args._n_gpu = 1
     print_absent(training_args)
@@ -742,7 +739,6 @@ def main(argv: list[str] | None = None) -> dict:
     ):
         if wanted:
             splits[split] = prepare_split(raw, split, columns, limit, tokenizers, data_args, training_args)
-
     if model_checks and splits:
         model_checks.check_model(model, tokenizer, [*splits.values()][0][1][:200]["input_ids"], model_args)
 

@@ -154,7 +154,7 @@ def load_tokenizer(args, task):
         raise ValueError(f"{flag} {name}: no tokenizer could be loaded ({str(error).splitlines()[0]})") from error
     if task["task"] not in ("instruction", "chat"):
         return tokenizer, None
-    if args.prompt_template or tokenizer.chat_template or task["format"] in DEFAULT_TEMPLATES:
+    if args.prompt_template or tokenizer.chat_template or DEFAULT_TEMPLATES.get(task["format"], "chat") != "chat":
         return tokenizer, set_prompt_template(tokenizer, args, task["format"])
     return tokenizer, set_prompt_template(tokenizer, argparse.Namespace(prompt_template="dolly"), task["format"])
 

@@ -6,8 +6,6 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-import torch
-from safetensors.torch import save_file
 
 import guards
 import run_summarization as script
@@ -121,10 +119,6 @@ def test_an_output_folder_that_holds_something_else_is_refused(arguments, tmp_pa
     assert "holds something else (thesis.tex)" in message and (tmp_path / "other/thesis.tex").read_text() == "x"
 
 
-def test_an_output_folder_with_a_finished_run_is_refused(arguments, trained):
-    assert "holds a finished run" in arguments(output_dir=trained)
-
-
 def test_fp16_with_t5_is_refused_in_favour_of_bf16(arguments):
     assert "--fp16: T5 overflows in fp16" in arguments("--fp16") and "use --bf16" in arguments("--fp16")
 
@@ -213,17 +207,6 @@ def test_deepspeeds_own_spelling_of_its_file_is_understood():
     assert join(["--deepspeed", "z.json", "--a"]) == ["--deepspeed", "z.json", "--a"]
 
 
-def test_a_run_killed_in_its_last_evaluation_may_go_on_and_curves_alone_refuse_nothing(tmp_path):
-    args = SimpleNamespace(output_dir=tmp_path, do_train=True, resume_from_checkpoint=None)
-    (tmp_path / "runs").mkdir()
-    assert guards.find_output_problems(args) == []
-    (tmp_path / "all_results.json").write_text("{}")
-    (tmp_path / "checkpoint-3").mkdir()
-    assert guards.find_output_problems(args) == []
-    (tmp_path / "trainer_state.json").write_text("{}")
-    assert "holds a finished run" in guards.find_output_problems(args)[0]
-
-
 def test_bf16_is_the_default_where_the_hardware_has_it_and_nothing_else_rules(work, tmp_path, monkeypatch):
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
     argv = ["--model_name_or_path", work / "tiny-t5", "--output_dir", tmp_path / "out", "--do_train", "--train_file"]
@@ -248,24 +231,3 @@ def test_bf16_is_the_default_where_the_hardware_has_it_and_nothing_else_rules(wo
         assert choose(args) == chosen
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     assert not has_bf16()
-
-
-# ------------------------------------------------------------------------------------------------ checkpoints
-
-
-def test_a_torn_file_makes_a_checkpoint_incomplete(tmp_path):
-    folder = tmp_path / "checkpoint-1"
-    folder.mkdir()
-    assert "trainer_state.json" in guards.explain_incomplete(folder)
-    (folder / "trainer_state.json").write_text("{}")
-    assert "optimizer" in guards.explain_incomplete(folder)
-    torch.save({"a": torch.ones(1000)}, folder / "optimizer.pt")
-    save_file({"a": torch.ones(1000)}, folder / "model.safetensors")
-    assert guards.explain_incomplete(folder) is None
-    for name in ("optimizer.pt", "model.safetensors"):
-        whole = (folder / name).read_bytes()
-        (folder / name).write_bytes(whole[:-100])
-        assert f"{name} is torn" in guards.explain_incomplete(folder)
-        (folder / name).write_bytes(b"")
-        assert f"{name} is torn" in guards.explain_incomplete(folder)
-        (folder / name).write_bytes(whole)

@@ -365,8 +365,8 @@ def test_the_router_loss_of_a_mixture_counts_and_reaches_the_router_however_the_
     config.router_aux_loss_coef = 0.5
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
-    training_args = SimpleNamespace(label_smoothing_factor=0.0, use_liger_kernel=False, use_cpu=True)
-    *_, loss = script.choose_rows(model, None, 9, None, SimpleNamespace(packing=False), training_args)
+    training_args = SimpleNamespace(do_train=True, label_smoothing_factor=0.0, use_liger_kernel=False, use_cpu=True)
+    *_, loss = script.choose_rows(model, {"train": None}, 9, None, SimpleNamespace(packing=False), training_args)
     ids = torch.randint(50, (4, 9), generator=torch.Generator().manual_seed(1))
     outputs = model(input_ids=ids)
     whole, plain = loss(outputs, ids), script.compute_next_token_loss(outputs, ids)
