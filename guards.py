@@ -31,7 +31,7 @@ import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 from transformers import TrainerCallback, TrainingArguments
-from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto import modeling_auto as known_models
 
 # Flags of older versions, transformers' and ours, and what says the same today.
 REPLACED_FLAGS = {
@@ -63,6 +63,8 @@ LEAST |= {"preprocessing_num_workers": 1, "max_seq_length": 8}
 
 # T5's activations leave fp16's range: the loss turns NaN (https://github.com/huggingface/transformers/issues/4586).
 FP16_OVERFLOWS = ("t5", "mt5", "umt5", "longt5", "switch_transformers", "pix2struct", "udop")
+
+ENCODER = "is an encoder, which writes no text; give another, or make an encoder-decoder of it (tools/join_models.py)"
 
 # What must agree between the DeepSpeed file and the flags: the file's keys, the flag, the trainer's field.
 DEEPSPEED_TWINS = (
@@ -150,6 +152,11 @@ def check_training(args: argparse.Namespace, problems=()) -> None:
         value = getattr(args, flag, None)
         if value is not None and value < least:
             problems.append(f"--{flag} {value}: must be {least} or more")
+    if args.generation_config is not None:  # the trainer puts it in the place of all that flags and template said
+        problems.append(
+            f"--generation_config {args.generation_config}: would overrule the flags' lengths and beams and the stop "
+            "tokens; copy it as generation_config.json into the model's folder, where flags rule"
+        )
     problems += find_model_problems(args)
     problems += find_deepspeed_problems(args)
     problems += find_tracking_problems(args)
@@ -184,8 +191,10 @@ def find_model_problems(args: argparse.Namespace) -> list[str]:
         return [str(error)]
     problems, is_causal = [], hasattr(args, "max_seq_length")
     model_type = (config or {}).get("model_type", "")
-    is_seq2seq = model_type in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
-    if model_type and is_causal == is_seq2seq:
+    is_seq2seq = model_type in known_models.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+    if is_encoder(config):
+        problems.append(f"{named}: {ENCODER}")
+    elif model_type and is_causal == is_seq2seq:
         what = "an encoder-decoder; run_summarization.py" if is_seq2seq else "no encoder-decoder; run_clm_instruct.py"
         problems.append(f"{named}: is {what} trains those")
     if model_type == "fsmt":
@@ -197,6 +206,15 @@ def find_model_problems(args: argparse.Namespace) -> list[str]:
     if args.fp16 and (hub_t5 or model_type in FP16_OVERFLOWS):
         problems.append("--fp16: T5 overflows in fp16 and the loss turns NaN; use --bf16")
     return problems
+
+
+def is_encoder(config: dict | None) -> bool:
+    """Whether a config.json is that of an encoder such as BERT, by whose name the library would load a decoder too."""
+    kind, architectures = (config or {}).get("model_type"), (config or {}).get("architectures") or [""]
+    if kind not in known_models.MODEL_FOR_MASKED_LM_MAPPING_NAMES or config.get("is_decoder"):
+        return False
+    is_seq2seq = kind in known_models.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+    return not is_seq2seq and known_models.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind) not in architectures
 
 
 def find_format_problems(args: argparse.Namespace, known_formats: tuple, templates: dict) -> list[str]:
@@ -242,15 +260,6 @@ def check_format(columns: list[str], args, known: list, found: tuple | None) -> 
     if foreign and found[0] != "text":
         what = "of preferences, pictures or earlier turns, from which this script does not learn"
         raise UsageError(f"has columns {what}: {', '.join(foreign)}; --drop_keys {' '.join(foreign)} goes without")
-
-
-def check_split(raw, split: str, columns: tuple, data_args) -> None:
-    """Raise UsageError where a data set lacks a split that is asked for, or a split the training data's columns."""
-    if split not in raw:
-        raise UsageError(f"--dataset_name {data_args.dataset_name}: has no split {split!r}; it has {', '.join(raw)}")
-    if lost := [name for name in columns if name not in raw[split].column_names]:
-        there = ", ".join(raw[split].column_names)
-        raise UsageError(f"{split}: has no column {lost[0]!r}, which the training data has; it has {there}")
 
 
 def check_causal_tokenizer(tokenizer, limit: int, positions: int, model_args) -> None:
@@ -633,7 +642,10 @@ def find_folder_problems(flag: str, name: str) -> list[str]:
     """A folder of a model or of adapters that is none, or that has no weights."""
     folder = Path(name)
     try:
-        if not (folder / "adapter_config.json").is_file() and read_model_config(flag, name) is None:
+        config = None if (folder / "adapter_config.json").is_file() else read_model_config(flag, name)
+        if is_encoder(config):
+            return [f"{flag} {name}: {ENCODER}"]
+        if config is None and not (folder / "adapter_config.json").is_file():
             return []
     except UsageError as error:
         return [str(error)]
