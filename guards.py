@@ -494,6 +494,7 @@ def start_tracking(trainer, *arguments) -> None:
     """
     args = trainer.args
     trainer.callback_handler.callbacks.insert(0, WholeRunLoss())  # before those that print
+    hide_tied_weights(trainer.model)
     if "mlflow" not in args.report_to or not trainer.is_world_process_zero():
         return
     import mlflow
@@ -510,6 +511,17 @@ def start_tracking(trainer, *arguments) -> None:
     if isinstance(args.deepspeed, str):
         mlflow.log_artifact(args.deepspeed)
     print(f"MLflow run {run.info.run_name} ({run.info.run_id}) in {mlflow.get_tracking_uri()}", flush=True)
+
+
+def hide_tied_weights(model) -> None:
+    """Keep the trainer from warning of weights that a checkpoint lacks only because they are tied to others (5.23)."""
+    tied = set(getattr(model, "all_tied_weights_keys", ()))
+
+    def is_news(record) -> bool:
+        lacking = re.findall(r"'(.+?)'", record.getMessage()) if "missing keys in the checkpoint" in record.msg else ()
+        return not lacking or not tied.issuperset(lacking)
+
+    logging.getLogger("transformers.trainer").addFilter(is_news)
 
 
 def end_tracking(folder: Path) -> None:

@@ -2,12 +2,14 @@
 """Every mistake gets one clear message that names the flag or the file, the value and the way out."""
 
 import json
+import logging
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import AutoModelForSeq2SeqLM
 
 import guards
 import run_summarization as script
@@ -325,3 +327,13 @@ def test_a_torn_file_makes_a_checkpoint_incomplete(tmp_path):
         (folder / name).write_bytes(b"")
         assert f"{name} is torn" in guards.explain_incomplete(folder)
         (folder / name).write_bytes(whole)
+
+
+def test_only_tied_weights_that_a_checkpoint_lacks_go_unsaid(work, monkeypatch):
+    logger = logging.getLogger("transformers.trainer")
+    monkeypatch.setattr(logger, "filters", [])
+    guards.hide_tied_weights(AutoModelForSeq2SeqLM.from_pretrained(work / "tiny-t5"))
+    line = "There were missing keys in the checkpoint model loaded: {}."
+    said = [line.format(["shared.weight"]), line.format(["lm_head.weight", "decoder.final_layer_norm.weight"]), "else"]
+    logged = [line.format(["encoder.embed_tokens.weight", "lm_head.weight"]), *said]
+    assert [text for text in logged if logger.filter(logging.makeLogRecord({"msg": text}))] == said
