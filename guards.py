@@ -29,7 +29,7 @@ import jinja2
 import torch
 import transformers
 from transformers import TrainerCallback, TrainingArguments
-from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto import modeling_auto as known_models
 
 try:
     import checkpoints
@@ -66,6 +66,8 @@ LEAST |= {"preprocessing_num_workers": 1, "max_seq_length": 8}
 
 # T5's activations leave fp16's range: the loss turns NaN (https://github.com/huggingface/transformers/issues/4586).
 FP16_OVERFLOWS = ("t5", "mt5", "umt5", "longt5", "switch_transformers", "pix2struct", "udop")
+
+ENCODER = "is an encoder, which writes no text; give another, or make an encoder-decoder of it (tools/join_models.py)"
 
 # What must agree between the DeepSpeed file and the flags: the file's keys, the flag, the trainer's field.
 DEEPSPEED_TWINS = (
@@ -153,6 +155,11 @@ def check_training(args: argparse.Namespace, problems=()) -> None:
         value = getattr(args, flag, None)
         if value is not None and value < least:
             problems.append(f"--{flag} {value}: must be {least} or more")
+    if args.generation_config is not None:  # the trainer puts it in the place of all that flags and template said
+        problems.append(
+            f"--generation_config {args.generation_config}: would overrule the flags' lengths and beams and the stop "
+            "tokens; copy it as generation_config.json into the model's folder, where flags rule"
+        )
     problems += find_model_problems(args)
     problems += find_deepspeed_problems(args)
     problems += find_tracking_problems(args)
@@ -187,8 +194,10 @@ def find_model_problems(args: argparse.Namespace) -> list[str]:
         return [str(error)]
     problems, is_causal = [], hasattr(args, "max_seq_length")
     model_type = (config or {}).get("model_type", "")
-    is_seq2seq = model_type in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
-    if model_type and is_causal == is_seq2seq:
+    is_seq2seq = model_type in known_models.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+    if is_encoder(config):
+        problems.append(f"{named}: {ENCODER}")
+    elif model_type and is_causal == is_seq2seq:
         what = "an encoder-decoder; run_summarization.py" if is_seq2seq else "no encoder-decoder; run_clm_instruct.py"
         problems.append(f"{named}: is {what} trains those")
     if model_type == "fsmt":
@@ -200,6 +209,15 @@ def find_model_problems(args: argparse.Namespace) -> list[str]:
     if args.fp16 and (hub_t5 or model_type in FP16_OVERFLOWS):
         problems.append("--fp16: T5 overflows in fp16 and the loss turns NaN; use --bf16")
     return problems
+
+
+def is_encoder(config: dict | None) -> bool:
+    """Whether a config.json is that of an encoder such as BERT, by whose name the library would load a decoder too."""
+    kind, architectures = (config or {}).get("model_type"), (config or {}).get("architectures") or [""]
+    if kind not in known_models.MODEL_FOR_MASKED_LM_MAPPING_NAMES or config.get("is_decoder"):
+        return False
+    is_seq2seq = kind in known_models.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+    return not is_seq2seq and known_models.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind) not in architectures
 
 
 def find_format_problems(args: argparse.Namespace, known_formats: tuple, templates: dict) -> list[str]:
@@ -245,15 +263,6 @@ def check_format(columns: list[str], args, known: list, found: tuple | None) -> 
     if foreign and found[0] != "text":
         what = "of preferences, pictures or earlier turns, from which this script does not learn"
         raise UsageError(f"has columns {what}: {', '.join(foreign)}; --drop_keys {' '.join(foreign)} goes without")
-
-
-def check_split(raw, split: str, columns: tuple, data_args) -> None:
-    """Raise UsageError where a data set lacks a split that is asked for, or a split the training data's columns."""
-    if split not in raw:
-        raise UsageError(f"--dataset_name {data_args.dataset_name}: has no split {split!r}; it has {', '.join(raw)}")
-    if lost := [name for name in columns if name not in raw[split].column_names]:
-        there = ", ".join(raw[split].column_names)
-        raise UsageError(f"{split}: has no column {lost[0]!r}, which the training data has; it has {there}")
 
 
 def check_causal_tokenizer(tokenizer, limit: int, positions: int, model_args) -> None:
@@ -415,6 +424,7 @@ def start_tracking(trainer, *arguments) -> None:
     if checkpoints:
         own.append(checkpoints.RunFolder(args.output_dir, arguments))
     trainer.callback_handler.callbacks[1:1] = own  # after the one that decides what is due, before those that print
+    hide_tied_weights(trainer.model)
     if "mlflow" not in args.report_to or not trainer.is_world_process_zero():
         return
     import mlflow
@@ -431,6 +441,17 @@ def start_tracking(trainer, *arguments) -> None:
     if isinstance(args.deepspeed, str):
         mlflow.log_artifact(args.deepspeed)
     print(f"MLflow run {run.info.run_name} ({run.info.run_id}) in {mlflow.get_tracking_uri()}", flush=True)
+
+
+def hide_tied_weights(model) -> None:
+    """Keep the trainer from warning of weights that a checkpoint lacks only because they are tied to others (5.23)."""
+    tied = set(getattr(model, "all_tied_weights_keys", ()))
+
+    def is_news(record) -> bool:
+        lacking = re.findall(r"'(.+?)'", record.getMessage()) if "missing keys in the checkpoint" in record.msg else ()
+        return not lacking or not tied.issuperset(lacking)
+
+    logging.getLogger("transformers.trainer").addFilter(is_news)
 
 
 def end_tracking(folder: Path) -> None:
@@ -565,7 +586,10 @@ def find_folder_problems(flag: str, name: str) -> list[str]:
     """A folder of a model or of adapters that is none, or that has no weights."""
     folder = Path(name)
     try:
-        if not (folder / "adapter_config.json").is_file() and read_model_config(flag, name) is None:
+        config = None if (folder / "adapter_config.json").is_file() else read_model_config(flag, name)
+        if is_encoder(config):
+            return [f"{flag} {name}: {ENCODER}"]
+        if config is None and not (folder / "adapter_config.json").is_file():
             return []
     except UsageError as error:
         return [str(error)]

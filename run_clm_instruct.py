@@ -576,7 +576,7 @@ def encode_round(todo: list, tokenizer, limit: int, assistant_only_loss: bool) -
         whole, *heads = itertools.islice(encodings, 1 + len(chat.borders))
         ids, places = place_answers(chat, whole, heads, tokenizer)
         if len(ids) <= limit:
-            row |= label_chat(chat, ids, places, tokenizer.bos_token_id, assistant_only_loss)
+            row |= label_chat(chat, ids, places, tokenizer, assistant_only_loss)
         elif messages := drop_exchanges(chat, places, len(ids) - limit):
             row["cut_exchanges"] = 1
             too_long.append((row, messages, tools))
@@ -585,17 +585,18 @@ def encode_round(todo: list, tokenizer, limit: int, assistant_only_loss: bool) -
     return too_long
 
 
-def label_chat(chat: Chat, ids: list[int], places: list, bos: int, assistant_only_loss: bool) -> dict:
+def label_chat(chat: Chat, ids: list[int], places: list, tokenizer, assistant_only_loss: bool) -> dict:
     """What ROW says of a chat whose answers are at these (first, end) of its token ids."""
     labels, last = [-100] * len(ids), chat.answers[-1]
     for first, end in places if assistant_only_loss else [(1, len(ids))]:
         labels[first:end] = ids[first:end]
     labels[0] = -100
-    reference = chat.messages[last.turn]["content"] or chat.text[last.start : last.end]
+    called = tokenizer.decode(ids[slice(*places[-1])], skip_special_tokens=True).strip()  # as an answer is decoded
+    reference = chat.messages[last.turn]["content"] or called
     row = {"input_ids": ids, "labels": labels, "source": chat.text[: last.start], "reference": reference}
     row |= {"tokens": len(ids), "supervised_tokens": sum(label != -100 for label in labels), "answers": len(places)}
     row |= {"answers_with_stop": sum(a.closed for a in chat.answers), "answers_unsupervised": chat.unsupervised}
-    return row | {"leading_bos": next((i for i, token in enumerate(ids) if token != bos), len(ids))}
+    return row | {"leading_bos": next((i for i, t in enumerate(ids) if t != tokenizer.bos_token_id), len(ids))}
 
 
 def encode_texts(rows: dict, numbers, tokenizer, column: str, limit: int) -> dict:
@@ -631,8 +632,8 @@ def encode_splits(raw, data_format: str, columns: tuple, tokenizer, limit: int, 
     for split, (needed, most) in wanted.items():
         if not needed or (carve and split == "validation"):
             continue
-        if guards:
-            guards.check_split(raw, split, columns, data_args)
+        if tables:
+            tables.check_split(raw, split, columns, data_args)
         rows, most = raw[split], None if carve and split == "train" else most
         rows = rows.select(range(min(most or len(rows), len(rows))))
         with training_args.main_process_first(desc=f"tokenising {split}"):

@@ -767,6 +767,8 @@ def main(argv: list[str] | None = None) -> dict:
     # Table and model
     table = load_table(data_args, model_args)
     text_column = find_text_column(table.column_names, data_args)
+    if tables and data_args.dataset_name is not None:
+        tables.check_dataset(table, f"--dataset_name {data_args.dataset_name}", [text_column])
     generator = load_generator(model_args, data_args, decoding)
     texts = read_texts(table, text_column, generator.prompts.is_chat, data_args.drop_keys or ())
     if model_checks:

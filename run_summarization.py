@@ -276,8 +276,8 @@ def select_rows(raw, split: str, columns: tuple[str, str], max_samples: int | No
 
     columns: those of the training data. Raises UsageError if no row can be used.
     """
-    if guards:
-        guards.check_split(raw, split, columns, data_args)
+    if tables:
+        tables.check_split(raw, split, columns, data_args)
     rows = raw[split].select_columns(list(columns)).rename_columns(dict(zip(columns, COLUMNS, strict=True)))
     rows = rows.select(range(min(max_samples or len(rows), len(rows))))
     pairs = enumerate(zip(*(rows[name][:] for name in COLUMNS), strict=True))

@@ -7,8 +7,8 @@
 Reads every table in the same way: text is text, and what is none is refused by its column, type and row.
 
 Optional beside the run_*.py, which without it read .csv, .json, .jsonl, .parquet and .txt by the datasets library.
-In the order in which a run meets them: find_problems, read_table. Tables are .csv, .tsv, .jsonl, .json (an array, or
-rows under one key) and .parquet; a .txt is one text. All but .parquet may be gzipped.
+In the order in which a run meets them: find_problems, read_table, check_split. Tables are .csv, .tsv, .jsonl, .json
+(an array, or rows under one key) and .parquet; a .txt is one text. All but .parquet may be gzipped.
 """
 
 import csv
@@ -80,6 +80,27 @@ def check_text(path: str, odd: dict, columns: list[str]) -> None:
         kind, row = odd.get(name, (None, None))
         if kind is not None and not (kind == "list" and name in NESTED):
             raise UsageError(f"{path}: column {name!r} holds {kind}, not text, first in row {row}; write it as text")
+
+
+def check_split(raw, split: str, columns: tuple, data_args) -> None:
+    """Raise UsageError where a split is not there, or lacks a column of the training data, or one is not text."""
+    if split not in raw:
+        raise UsageError(f"--dataset_name {data_args.dataset_name}: has no split {split!r}; it has {', '.join(raw)}")
+    if lost := [name for name in columns if name not in raw[split].column_names]:
+        there = ", ".join(raw[split].column_names)
+        raise UsageError(f"{split}: has no column {lost[0]!r}, which the training data has; it has {there}")
+    if data_args.dataset_name is not None:
+        check_dataset(raw[split], f"--dataset_name {data_args.dataset_name}: {split}", columns)
+
+
+def check_dataset(rows: datasets.Dataset, path: str, columns) -> None:
+    """check_text() of a data set, where the first cell of a column has the type of all; path: what to call it."""
+    odd = {}
+    for name in columns:
+        for row, cell in enumerate(rows[name]):
+            if to_text(cell, name, row, odd) is not None:
+                break
+    check_text(path, odd, columns)
 
 
 # ------------------------------------------------------------------------------------------------ the cache

@@ -158,7 +158,7 @@ def expect(kind: tuple, messages: list[dict], tools) -> tuple[list[str], str | N
         end = FRAMES[frame][1]
         text += "</s>" if end is None else end.replace("ROLE", "assistant").rstrip()
         # A prompt that later turns change: a thought of its last header or of a call before it is gone.
-        called = messages[turn - 1]["role"] == "tool" and thought in ("last", "opened")
+        called = messages[turn - 1]["role"] in ("tool", "assistant") and thought in ("last", "opened")
         is_written_otherwise = not is_late and (thought == "opened" or called)
         is_written_otherwise |= thought == "pair" and turn < len(messages) - 1
         if m.get("weight", 1) and not is_written_otherwise:
@@ -202,6 +202,51 @@ def test_of_every_shape_just_what_the_model_is_to_write_is_supervised_or_the_row
         left = len(answers) - (name == "weight 0 last")
         assert encoded["answers_unsupervised"] == left - len(texts), name
         assert "c1" not in str(messages) or "u1\n\nc1" in encoded["source"]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=" / ".join)
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [user("u1"), answer("a1"), answer("a2")],
+        [SYSTEM, user("u1"), answer("a1"), answer("a2"), answer("a3")],
+        [user("u1"), answer("a1"), answer("a2"), user("u2"), answer("a3")],
+        [user("u1"), answer("a1"), user("u2"), answer("a2", weight=0), answer("a3")],
+    ],
+    ids=["two", "three", "two, then one", "the first of two has weight 0"],
+)
+def test_of_answers_in_a_row_each_is_supervised_with_its_own_end_or_counted(kind, messages):
+    tokenizer = make_case(kind)
+    encoded, (texts, _) = encode(tokenizer, messages), expect(kind, messages, None)
+    assert encoded["problem"] == "" and texts[-1]
+    spans = [decode(tokenizer, encoded["input_ids"][a:b]).rstrip() for a, b in find_spans(encoded["labels"])]
+    assert spans == texts
+    assert encoded["answers_unsupervised"] == sum(m["role"] == "assistant" for m in messages) - len(texts)
+
+
+MERGING = r"""
+{%- for m in messages %}
+{{- '<|' + m.role + '|>' if loop.first or loop.previtem.role != m.role else ' ' }}{{ m.content }}
+{{- '<|stop|>' if loop.last or loop.nextitem.role != m.role }}
+{%- endfor %}
+{{- '<|assistant|>' if add_generation_prompt }}"""
+
+
+def test_answers_that_a_template_merges_are_never_trained_on_as_if_each_had_been_asked_for():
+    tokenizer = copy.deepcopy(make_case(KINDS[0]))
+    tokenizer.chat_template = MERGING
+    encoded = encode(tokenizer, [user("u1"), answer("a1"), answer("a2")])
+    assert encoded["problem"].startswith("the template's generation prompt has '<|stop|><|assistant|>' where the text")
+    encoded = encode(tokenizer, [user("u1"), answer("a1"), answer("a2"), user("u2"), answer("a3")])
+    spans = [decode(tokenizer, encoded["input_ids"][a:b]) for a, b in find_spans(encoded["labels"])]
+    assert spans == ["a1", "a3<|stop|>"]
+    assert (encoded["answers"], encoded["answers_with_stop"], encoded["answers_unsupervised"]) == (2, 1, 1)
+
+
+def test_the_reference_of_an_answer_without_words_is_what_a_generation_gives_without_its_stop_token():
+    case = make_case(("tags", "none", "json"))
+    encoded = encode(case, *SHAPES["a call"])
+    assert encoded["reference"] == '<call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</call>'
 
 
 @pytest.mark.parametrize("kind", KINDS[::5], ids=" / ".join)

@@ -1293,6 +1293,50 @@ def test_an_audit_without_one_usable_row_ends_the_run_whatever_the_flags(capsys)
             audit({"train": rows}, tokenizer, **flags)
 
 
+DATED = r"""
+{%- if messages[0].role == 'system' %}{{ messages[0].content }}
+{%- else %}{{ '<|im_start|>system\nToday is the ' + strftime_now('%d.%m.%Y') + '<|im_end|>\n' }}{% endif %}
+{%- for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}
+{{- '<|im_start|>assistant\n' if add_generation_prompt }}"""
+LINES = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+
+
+def find_oddities(tokenizer, chats: list, capsys) -> list[str]:
+    """What the audit says of a template after its table."""
+    audit({"train": encode_rows(tokenizer, [{"messages": chat} for chat in chats], *CHAT)}, tokenizer, skip=True)
+    return [line for line in capsys.readouterr().out.splitlines() if line.startswith("audit: the template")]
+
+
+QUESTION = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+
+
+def test_a_template_that_writes_todays_date_into_a_rows_prompt_is_named(capsys):
+    tokenizer = make_simple(DATED, **IM_TOKENS)
+    (line,) = find_oddities(tokenizer, [QUESTION], capsys)
+    assert "writes today's date into prompts (strftime_now, after 'system\\nToday is the ')" in line
+    system = [{"role": "system", "content": "The 24.12.1999."}, *QUESTION]
+    assert find_oddities(tokenizer, [system], capsys) == []  # there it writes none
+    assert len(find_oddities(tokenizer, [system, QUESTION], capsys)) == 1
+
+
+def test_a_template_without_a_way_to_stop_is_named_with_what_its_marks_are(capsys):
+    (line,) = find_oddities(make_simple(LINES), [QUESTION], capsys)
+    assert line.startswith(
+        "audit: the template ends no answer by a token: </s>, put after a chat's last answer, alone"
+    )
+    tokenizer = make_simple("chatml")
+    (line,) = find_oddities(tokenizer, [QUESTION], capsys)
+    counts = [len(tokenizer(mark, add_special_tokens=False)["input_ids"]) for mark in ("<|im_start|>", "<|im_end|>")]
+    assert min(counts) > 1
+    assert f"(<|im_start|> is {counts[0]} tokens here, <|im_end|> is {counts[1]} tokens here): </s>, put" in line
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_of_a_familys_template_on_its_own_tokens_nothing_is_said(family):
+    tokenizer, _ = make_case(family, FAMILIES[family][3][0])
+    assert reports.find_template_oddities(tokenizer, ["a prompt"]) == []
+
+
 def read_marks(shown: str) -> list[tuple[str, bool]]:
     """Every token that show_tokens prints, and whether it is marked."""
     lines, tokens = shown.split("\n")[1:-1], []

@@ -2,10 +2,12 @@
 """Every mistake gets one clear message that names the flag or the file, the value and the way out."""
 
 import json
+import logging
 import sys
 from types import SimpleNamespace
 
 import pytest
+from transformers import AutoModelForSeq2SeqLM
 
 import guards
 import run_summarization as script
@@ -133,6 +135,62 @@ def test_a_causal_model_is_sent_to_its_own_script(arguments, tmp_path):
     assert "is no encoder-decoder; run_clm_instruct.py trains those" in message
 
 
+BERT = {"model_type": "bert", "architectures": ["BertForMaskedLM"]}
+
+
+@pytest.mark.parametrize(
+    "config, is_encoder",
+    [
+        (BERT, True),
+        ({"model_type": "bert", "architectures": ["BertModel"]}, True),
+        ({"model_type": "roberta"}, True),
+        ({"model_type": "albert", "architectures": ["AlbertForSequenceClassification"]}, True),
+        ({"model_type": "modernbert", "architectures": ["ModernBertForMaskedLM"]}, True),
+        ({"model_type": "bert", "architectures": ["BertLMHeadModel"], "is_decoder": True}, False),
+        ({"model_type": "bert", "architectures": ["BertLMHeadModel"]}, False),
+        ({"model_type": "encoder-decoder", "architectures": ["EncoderDecoderModel"]}, False),
+        ({"model_type": "bart", "architectures": ["BartModel"]}, False),
+        ({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}, False),
+        ({"model_type": "of_the_users_own"}, False),
+        ({}, False),
+        (None, False),
+    ],
+)
+def test_an_encoder_is_known_by_its_config(config, is_encoder):
+    assert guards.is_encoder(config) == is_encoder
+
+
+@pytest.mark.parametrize("name", ["run_summarization", "run_clm_instruct", "run_generation"])
+def test_every_script_refuses_an_encoder_by_what_it_is_before_its_weights_are_loaded(name, work, place, tmp_path):
+    (tmp_path / "bert").mkdir()
+    (tmp_path / "bert/config.json").write_text(json.dumps(BERT))
+    (tmp_path / "bert/model.safetensors").write_text("never read")
+    words = ["--do_train", "--output_dir", "out", "--train_file", work / "train.csv"]
+    if name == "run_clm_instruct":
+        words[-1] = place / "train.jsonl"
+    if name == "run_generation":
+        words = ["--input_file", work / "train.csv", "--output_file", "out.csv"]
+    done = run_warm(ROOT / f"{name}.py", "--model_name_or_path", "./bert", *words, cwd=tmp_path, check=False)
+    assert done.returncode == 2 and done.stdout.count("error: ") == 1
+    assert f"error: --model_name_or_path ./bert: {guards.ENCODER}" in done.stdout
+
+
+@pytest.mark.parametrize("name", [None, "words"])
+def test_a_tokenizer_without_eos_is_named_by_the_flag_that_was_given(name):
+    model_args = SimpleNamespace(model_name_or_path="model", tokenizer_name=name)
+    tokenizer = SimpleNamespace(eos_token=None, is_fast=True)
+    with pytest.raises(guards.UsageError) as caught:
+        guards.check_causal_tokenizer(tokenizer, 8, 8, model_args)
+    flag = "--model_name_or_path model" if name is None else "--tokenizer_name words"
+    assert str(caught.value) == f"{flag}: has no EOS token to stop with"
+
+
+def test_a_file_that_would_overrule_the_flags_of_generation_is_refused(arguments):
+    message = arguments("--generation_config", "settings.json", "--val_max_target_length", "9", "--num_beams", "2")
+    assert message.startswith("--generation_config settings.json: would overrule the flags' lengths and beams")
+    assert "\n" not in message
+
+
 @pytest.mark.parametrize("flag", guards.REPLACED_FLAGS)
 def test_a_flag_that_is_gone_says_what_to_do(arguments, flag):
     assert arguments(flag, 1) == f"{flag} is gone: {guards.REPLACED_FLAGS[flag]}"
@@ -231,3 +289,13 @@ def test_bf16_is_the_default_where_the_hardware_has_it_and_nothing_else_rules(wo
         assert choose(args) == chosen
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     assert not has_bf16()
+
+
+def test_only_tied_weights_that_a_checkpoint_lacks_go_unsaid(work, monkeypatch):
+    logger = logging.getLogger("transformers.trainer")
+    monkeypatch.setattr(logger, "filters", [])
+    guards.hide_tied_weights(AutoModelForSeq2SeqLM.from_pretrained(work / "tiny-t5"))
+    line = "There were missing keys in the checkpoint model loaded: {}."
+    said = [line.format(["shared.weight"]), line.format(["lm_head.weight", "decoder.final_layer_norm.weight"]), "else"]
+    logged = [line.format(["encoder.embed_tokens.weight", "lm_head.weight"]), *said]
+    assert [text for text in logged if logger.filter(logging.makeLogRecord({"msg": text}))] == said

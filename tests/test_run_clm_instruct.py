@@ -306,6 +306,7 @@ def arguments(place, tmp_path):
         ({"prompt_template": "dolphin"}, "--prompt_template dolphin: neither one of dolly, plain, alpaca"),
         ({"max_seq_length": "9000"}, "--max_seq_length 9000: the model has 512 positions; give 512"),
         ({"max_new_tokens": "0"}, "--max_new_tokens 0: must be 1 or more"),
+        ({"generation_config": "x.json"}, "--generation_config x.json: would overrule the flags' lengths and beams"),
         ({"lora_r": "-1"}, "--lora_r -1: must be 0 or more"),
         ({"merge_lora": True}, "--merge_lora: there is nothing to merge without --lora_r"),
         ({"merge_dtype": "int8"}, "--merge_dtype int8: must be one of float32, bfloat16, float16"),

@@ -9,8 +9,13 @@ from types import SimpleNamespace
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from datasets import Dataset
 
+import run_clm_instruct
+import run_generation
+import run_summarization
 import tables
+from conftest import ROOT, run_warm
 
 ROWS = [
     {"text": "007", "summary": "TRUE"},
@@ -204,3 +209,74 @@ def test_the_training_columns_rule_for_every_file(tmp_path):
 def test_a_file_that_changes_is_read_again(tmp_path, read):
     assert read("a.jsonl", '{"text": "old"}\n') == [{"text": "old"}]
     assert read("a.jsonl", '{"text": "newer"}\n') == [{"text": "newer"}]
+
+
+# ------------------------------------------------------------------------------------------------ data sets
+
+CHAT = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+ODD = {"int": 7, "list": ["a"], "dict": {"a": "b"}, "bytes": b"a", "datetime": datetime.datetime(2026, 1, 2)}
+
+
+def make_dataset(folder, split: str, rows: list[dict]) -> str:
+    """A data set of Parquet files in a folder, as the hub has them."""
+    (folder / "set/data").mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows), folder / f"set/data/{split}-00000-of-00001.parquet")
+    return str(folder / "set")
+
+
+def load_by_each_script(folder: str, tmp_path, split: str, columns: tuple) -> list[str]:
+    """What each script says of a column of a data set: nothing where it takes it."""
+    data_args = SimpleNamespace(dataset_name=folder, dataset_config_name=None, dataset_split=split, max_samples=None)
+    model_args, said = SimpleNamespace(cache_dir=str(tmp_path / "cache"), token=None), []
+    for script in (run_summarization, run_clm_instruct):
+        raw = script.load_raw_datasets(data_args, model_args)
+        said.append(explain(script.tables.check_split, raw, split, columns, data_args))
+    table = run_generation.load_table(data_args, model_args)
+    return [*said, explain(tables.check_dataset, table, f"--dataset_name {folder}", columns[-1:])]
+
+
+def explain(check, *arguments) -> str:
+    try:
+        check(*arguments)
+    except tables.UsageError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_a_data_sets_column_that_is_not_text_is_refused_by_every_script(tmp_path, kind):
+    rows = [{"text": "a", "summary": None, "id": 7}, {"text": "b", "summary": ODD[kind], "id": 8}]
+    folder = make_dataset(tmp_path, "test", rows)
+    end = f"column 'summary' holds {kind}, not text, first in row 1; write it as text"
+    first, second, third = load_by_each_script(folder, tmp_path, "test", ("text", "summary"))
+    assert first == second == f"--dataset_name {folder}: test: {end}" and third == f"--dataset_name {folder}: {end}"
+
+
+def test_a_data_sets_texts_chats_and_columns_that_are_not_used_are_taken(tmp_path):
+    rows = [{"id": 7, "text": None, "messages": CHAT}, {"id": 8, "text": "a", "messages": CHAT}]
+    folder = make_dataset(tmp_path, "train", rows)
+    assert load_by_each_script(folder, tmp_path, "train", ("text", "messages")) == ["", "", ""]
+
+
+def test_a_data_set_without_the_split_or_the_column_is_named(tmp_path):
+    raw = {"train": Dataset.from_dict({"text": ["a"]})}
+    args = SimpleNamespace(dataset_name="name")
+    assert (
+        explain(tables.check_split, raw, "test", (), args) == "--dataset_name name: has no split 'test'; it has train"
+    )
+    lost = explain(tables.check_split, raw, "train", ("text", "summary"), args)
+    assert lost == "train: has no column 'summary', which the training data has; it has text"
+
+
+@pytest.mark.parametrize("name", ["run_summarization", "run_clm_instruct", "run_generation"])
+def test_a_script_ends_with_code_2_at_a_data_set_that_is_not_text(name, work, place, tmp_path):
+    columns = ("instruction", "response") if name == "run_clm_instruct" else ("text", "summary")
+    folder = make_dataset(tmp_path, "train", [dict(zip(columns, (7, 8), strict=True))])
+    model = place / "tiny-llama" if name == "run_clm_instruct" else work / "tiny-t5"
+    words = ["--do_train", "--output_dir", "out"]
+    if name == "run_generation":
+        words = ["--dataset_split", "train", "--output_file", "out.csv"]
+    words += ["--model_name_or_path", model, "--dataset_name", folder]
+    done = run_warm(ROOT / f"{name}.py", *words, cwd=tmp_path, check=False)
+    assert done.returncode == 2 and "Traceback" not in done.stdout
+    assert f"column {columns[0]!r} holds int, not text, first in row 0; write it as text" in done.stdout
