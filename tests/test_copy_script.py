@@ -29,7 +29,7 @@ def list_files(folder: Path) -> list[str]:
 @pytest.mark.parametrize(
     "script, used",
     [
-        ("run_summarization.py", COMPANIONS),
+        ("run_summarization.py", ["cpu_dropout.py", *COMPANIONS]),
         ("run_clm_instruct.py", [*COMPANIONS, *CHAT]),
         ("run_generation.py", GENERATION),
         ("guards.py", []),
@@ -73,7 +73,7 @@ def test_equal_files_stay_and_missing_ones_are_added(tmp_path, capsys):
     capsys.readouterr()
     assert copy("run_summarization.py", tmp_path) == 0
     assert {path: path.stat().st_mtime_ns for path in before} == before
-    assert capsys.readouterr().out.count(" (was there): ") == 6 and (tmp_path / "guards.py").is_file()
+    assert capsys.readouterr().out.count(" (was there): ") == 7 and (tmp_path / "guards.py").is_file()
 
 
 def test_files_that_differ_are_all_named_and_nothing_is_copied(tmp_path, capsys):
