@@ -6,34 +6,39 @@
 """
 The same losses and gradients in less time and memory: examples packed end to end, and a loss without all the logits.
 
-    compute_loss_func = fuse_loss(model, label_smoothing)  # None: take the plain loss
-    train_collator = pack_seq2seq(model, collator)         # T5 and its like: a batch's rows end to end; None: pad them
-    speed_up_cpu(model)                                    # T5 and its like on the CPU: cheap dropout
+    compute_loss_func = fuse_loss(model, label_smoothing)         # None: take the plain loss
+    train_collator, checks = pack_seq2seq(model, rows, collator)  # a batch's rows end to end; None: pad them
     rows, train_collator, check = pack_causal(model, rows, capacity, collator, use_cpu)  # causal: the data set's rows
 
-Models that are not known to bear it stay as they are. Tested with transformers 5.23.
+A check is a callback that compares packed with single examples before the first step. Models that are not known to
+bear it stay as they are. Tested with transformers 5.23.
 """
 
 import itertools
 import math
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pyarrow.compute as pc
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, TrainerCallback
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import eager_mask, sdpa_mask
+from transformers.masking_utils import sdpa_mask
 
 try:
     from guards import UsageError
 except ModuleNotFoundError:
     UsageError = ValueError
 
-# Encoder-decoders whose positions are distances, so that examples can stand anywhere in a row, and whose last step is
-# the output layer alone.
-PACKABLE = ("t5", "mt5", "umt5")
+# Encoder-decoders whose masks can be given whole, and whose positions are distances (T5, T5Gemma) or are looked up in
+# a module named embed_positions, so that they can restart with each example.
+PACKABLE = ("t5", "mt5", "umt5", "t5gemma", "bart", "mbart", "mvp", "plbart", "pegasus", "marian", "m2m_100")
+PACKABLE += ("blenderbot", "blenderbot-small")
+
+# Encoder-decoders whose last step is the output layer alone (BART's like add a bias to the logits, T5Gemma caps them).
+FUSABLE_SEQ2SEQ = ("t5", "mt5", "umt5", "m2m_100")
 
 # Causal models whose attention is plain and whose last step is the output layer alone (others cap or scale, or add
 # losses of their own).
@@ -127,12 +132,52 @@ class FusedLoss:
 
 def fuse_loss(model, label_smoothing: float = 0.0, shift: bool = False) -> FusedLoss | None:
     """The model's FusedLoss; None where the model is not known or its output layer is more than a matrix."""
-    head, known = model.get_output_embeddings(), model.config.model_type in (*PACKABLE, *FUSABLE)
+    head, known = model.get_output_embeddings(), model.config.model_type in (*FUSABLE_SEQ2SEQ, *FUSABLE)
     plain = type(head) is torch.nn.Linear and head.bias is None
     return FusedLoss(head, label_smoothing, shift) if known and plain else None
 
 
-# ------------------------------------------------------------ encoder-decoders: a batch packed, dropout on the CPU
+# ---------------------------------------------------------------------------------------------- packed as alone
+
+
+class PackingCheck(TrainerCallback):
+    """
+    Compares two packed examples with each alone before the first step, and refuses where they are not the same.
+
+    rows: the two examples, or fewer: nothing to compare; pack(rows), pad([row]): a packed and a padded batch.
+    """
+
+    def __init__(self, story: str, rows: list[dict], pack, pad):
+        self.story, self.rows, self.pack, self.pad = story, rows, pack, pad
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        gap, attention = self.measure(model, args.device), model.config._attn_implementation
+        # bf16 keeps 8 bits; an attention that mixes examples moves logits by as much as they are large
+        if gap > (3e-2 if args.bf16 or args.fp16 or model.dtype != torch.float32 else 1e-3):
+            raise UsageError(
+                f"--packing: the attention in use ({attention}) lets packed examples see each other, or positions do "
+                f"not restart with each (logits off by {gap:.2g}); use SDPA as attention, or --packing false"
+            )
+        if args.process_index == 0:
+            print(f"packing: {self.story}; packed or alone the same logits (to {gap:.1e} of the largest)", flush=True)
+
+    def measure(self, model, device) -> float:
+        """Largest difference of the logits of two packed examples from those of each alone, over the largest logit."""
+        if len(self.rows) < 2:
+            return 0.0
+        lengths = [len(row["labels"]) for row in self.rows]
+        training, logits = model.training, []
+        model.eval()
+        for batch in (self.pack(self.rows), *(self.pad([row]) for row in self.rows)):
+            inputs = {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items() if k != "labels"}
+            with torch.no_grad():  # where there is autocast, it is in the model's forward
+                logits.append(model(**inputs).logits[0].float())
+        model.train(training)
+        alone = torch.cat([part[:length] for part, length in zip(logits[1:], lengths, strict=True)])
+        return ((logits[0][: len(alone)] - alone).abs().max() / alone.abs().max()).item()
+
+
+# --------------------------------------------------------------------------------- encoder-decoders: a batch packed
 
 
 def spread_examples(sizes: np.ndarray, count: int) -> np.ndarray:
@@ -179,23 +224,30 @@ class PackingCollator:
     Put a batch's rows end to end, so that few positions are padding; the batch stays what it was.
 
     Returns int64 input_ids, decoder_input_ids (packed rows, tokens) and labels (-100: none), and as int32 the number,
-    from 1, of the example that a position belongs to (0: padding): attention_mask, decoder_attention_mask.
+    from 1, of the example that a position belongs to (0: padding): attention_mask, decoder_attention_mask; no cache.
+    collator: a DataCollatorForSeq2Seq, which knows how the model's targets are shifted.
     """
 
-    def __init__(self, pad_token_id: int, start_token_id: int, multiple: int | None):
-        self.pad_token_id, self.start_token_id, self.multiple = pad_token_id, start_token_id, multiple or 1
+    def __init__(self, collator):
+        self.collator, self.pad_token_id = collator, collator.tokenizer.pad_token_id
+        self.multiple = collator.pad_to_multiple_of or 1
 
-    def __call__(self, features: list[dict]) -> dict[str, torch.Tensor]:
+    def __call__(self, features: list[dict]) -> dict:
         sizes = np.array([(len(row["input_ids"]), len(row["labels"])) for row in features])
-        packed, names = pack_examples(sizes), ("input_ids", "labels")
-        sources, labels = ([[features[i][name] for i in row] for row in packed] for name in names)
-        starts = self.join([[[self.start_token_id, *ids[:-1]] for ids in row] for row in labels], self.pad_token_id)
+        return self.pack(features, pack_examples(sizes))
+
+    def pack(self, features: list[dict], packed: list[list[int]]) -> dict:
+        """The batch whose rows hold the examples that `packed` lists."""
+        sources, labels = ([[features[i][name] for i in row] for row in packed] for name in ("input_ids", "labels"))
+        shifted = self.collator(features)["decoder_input_ids"].tolist()  # padded on the right
+        starts = [[shifted[i][: len(features[i]["labels"])] for i in row] for row in packed]
         return {
             "input_ids": self.join(sources, self.pad_token_id),
             "attention_mask": self.number(sources),
-            "decoder_input_ids": starts.masked_fill(starts == -100, self.pad_token_id),
+            "decoder_input_ids": self.join(starts, self.pad_token_id),
             "decoder_attention_mask": self.number(labels),
             "labels": self.join(labels, -100),
+            "use_cache": False,
         }
 
     def join(self, rows: list[list[list[int]]], pad: int) -> torch.Tensor:
@@ -209,90 +261,71 @@ class PackingCollator:
         return self.join([[[i] * len(ids) for i, ids in enumerate(row, start=1)] for row in rows], 0).int()
 
 
-def separate_examples(stack, args, kwargs):
+class RestartingPositions:
+    """Absolute positions that restart with each packed example; the module embeds those of the longest."""
+
+    def __init__(self, module):
+        self.embed, self.positions = module.forward, None
+        self.token = (module.padding_idx or 0) + 1  # any but padding, which M2M100 does not count
+        module.forward = self.forward
+
+    def forward(self, ids, *args, **kwargs) -> torch.Tensor:
+        """The embeddings of (rows, tokens), of which the module gets the ids, or the shape alone (Pegasus)."""
+        if self.positions is None:
+            return self.embed(ids, *args, **kwargs)
+        row = self.positions.new_full((1, int(self.positions.max()) + 1), self.token)
+        table = self.embed(row if torch.is_tensor(ids) else row.shape)
+        return torch.nn.functional.embedding(self.positions, table.flatten(0, -2))
+
+
+def count_positions(numbers: torch.Tensor) -> torch.Tensor:
+    """Each token's position in its example, from 0, where numbers (rows, tokens) says which it belongs to."""
+    index = torch.arange(numbers.shape[1], device=numbers.device).expand(numbers.shape)
+    begins = torch.nn.functional.pad(numbers[:, 1:] != numbers[:, :-1], (1, 0))
+    return (index - (index * begins).cummax(dim=1).values).masked_fill(numbers == 0, 0)
+
+
+def separate_examples(stack, args, kwargs, restarting=None):
     """Forward pre-hook of encoder and decoder: example numbers (rows, tokens) become masks (rows, 1, ., .)."""
     numbers, sources = kwargs.get("attention_mask"), kwargs.get("encoder_attention_mask")
-    if numbers is None or numbers.dtype != torch.int32:  # a plain mask is int64
+    packed = numbers is not None and numbers.dtype == torch.int32  # a plain mask is int64
+    if restarting:
+        restarting.positions = count_positions(numbers) if packed else None
+    if not packed:
         return args, kwargs
-    same = numbers[:, None, :, None] == numbers[:, None, None, :]
-    masks = {"attention_mask": same.tril() if stack.is_decoder else same}
-    if sources is not None:
-        masks["encoder_attention_mask"] = numbers[:, None, :, None] == sources[:, None, None, :]
-    lowest = torch.finfo(stack.dtype).min  # additive: a boolean mask is wrong under eager attention (5.23)
-    return args, kwargs | {name: torch.where(mask, 0.0, lowest).to(stack.dtype) for name, mask in masks.items()}
+    queries, device = numbers[:, None, :, None], numbers.device.type
+    masks = {"attention_mask": queries == numbers[:, None, None, :]}
+    if sources is not None:  # a decoder; its padding sees all: a softmax over nothing may be NaN, and so the gradients
+        masks["attention_mask"] = masks["attention_mask"].tril()
+        masks["encoder_attention_mask"] = (queries == sources[:, None, None, :]) | (queries == 0)
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else stack.dtype
+    lowest = torch.finfo(dtype).min  # additive: a boolean mask is wrong under eager attention (5.23)
+    masks = {name: torch.where(mask, 0.0, lowest).to(dtype) for name, mask in masks.items()}
+    if hasattr(stack, "rotary_emb"):  # T5Gemma: positions enter as distances, but some layers see only a window
+        seen = stack.config.sliding_window - (sources is not None)
+        near = torch.ones_like(masks["attention_mask"], dtype=torch.bool).triu(-seen).tril(seen)
+        windowed = masks["attention_mask"].masked_fill(~near, lowest)
+        masks["attention_mask"] = {"full_attention": masks["attention_mask"], "sliding_attention": windowed}
+    return args, kwargs | masks
 
 
-def pack_seq2seq(model, collator) -> PackingCollator | None:
+def pack_seq2seq(model, rows, collator) -> tuple:
     """
-    A collator of packed rows in the place of a DataCollatorForSeq2Seq; None where the model cannot be packed.
+    (collator of packed rows, [their PackingCheck]) in the place of a DataCollatorForSeq2Seq; (None, []): pad them.
 
-    The model reads its masks from then on, by hooks on encoder and decoder, and plain masks as before.
+    The model reads the collator's masks from then on, by hooks on encoder and decoder, and plain masks as before.
     """
-    if model.config.model_type not in PACKABLE:
-        return None
+    skips = model.config.model_type == "m2m_100" and model.config.decoder_start_token_id == model.config.pad_token_id
+    if model.config.model_type not in PACKABLE or skips:  # M2M100 does not count a start that is padding
+        return None, []
     for stack in (model.get_encoder(), model.get_decoder()):
-        stack.register_forward_pre_hook(separate_examples, with_kwargs=True)
-    pad, start = collator.tokenizer.pad_token_id, model.config.decoder_start_token_id
-    return PackingCollator(pad, start, collator.pad_to_multiple_of)
-
-
-class DropWithBits(torch.autograd.Function):
-    """
-    Dropout whose mask is drawn as 16 random bits an element, and kept as a byte.
-
-    torch draws a mask at 12 ns an element on one thread, whatever the number of threads (2.13, x86), and keeps it in
-    fp32: a quarter of a packed T5 step on two cores. Four elements of one 64-bit number take 2 ns. p is rounded to
-    1/65536; the seed is torch's own generator's.
-    """
-
-    @staticmethod
-    def forward(ctx, values, p):
-        count = values.numel()
-        bits = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), None)
-        keep = bits.view(torch.int16)[:count].view(values.shape) >= round(p * 2**16) - 2**15
-        ctx.save_for_backward(keep)
-        ctx.scale = 1 / (1 - p) if p < 1 else 0
-        return torch.where(keep, values * ctx.scale, 0)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return torch.where(ctx.saved_tensors[0], gradient * ctx.scale, 0), None
-
-
-def drop_on_cpu(values: torch.Tensor, p: float, training: bool = True) -> torch.Tensor:
-    """torch.nn.functional.dropout by DropWithBits."""
-    return DropWithBits.apply(values, p) if training and p else values
-
-
-class CpuDropout(torch.nn.Dropout):
-    def forward(self, values: torch.Tensor) -> torch.Tensor:
-        return drop_on_cpu(values, self.p, self.training)
-
-
-def attend_on_cpu(module, query, key, value, attention_mask, scaling, dropout=0.0, position_bias=None, **kwargs):
-    """
-    T5's eager attention (as fast there as SDPA) with drop_on_cpu, for transformers' AttentionInterface.
-
-    query, key, value: (rows, heads, tokens, width); returns (rows, tokens, heads, width) and the probabilities.
-    """
-    weights = torch.matmul(query, key.transpose(2, 3)) * scaling
-    for bias in (position_bias, attention_mask):
-        weights = weights if bias is None else weights + bias
-    weights = drop_on_cpu(torch.nn.functional.softmax(weights, dim=-1), dropout, module.training)
-    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
-
-
-def speed_up_cpu(model) -> None:
-    """Draw the dropout masks of a T5 on the CPU the cheap way: its modules and its attention are replaced."""
-    if model.config.model_type not in PACKABLE:
-        return
-    for parent in list(model.modules()):
-        for name, child in parent.named_children():
-            if type(child) is torch.nn.Dropout:
-                setattr(parent, name, CpuDropout(child.p).train(child.training))
-    AttentionInterface.register("eager_on_cpu", attend_on_cpu)
-    AttentionMaskInterface.register("eager_on_cpu", eager_mask)
-    model.set_attn_implementation("eager_on_cpu")
+        restarting = RestartingPositions(stack.embed_positions) if hasattr(stack, "embed_positions") else None
+        stack.register_forward_pre_hook(partial(separate_examples, restarting=restarting), with_kwargs=True)
+    packing_collator = PackingCollator(collator)
+    chosen = [{k: ids[:64] for k, ids in row.items()} for row in (rows[i] for i in range(min(2, len(rows))))]
+    story = "a batch's rows stand end to end (--packing false pads them)"
+    check = PackingCheck(story, chosen, lambda rows: packing_collator.pack(rows, [[0, 1]]), collator)
+    return packing_collator, [check]
 
 
 # ------------------------------------------------------------------------------ causal models: the data set packed
@@ -396,41 +429,6 @@ def attend_by_example(module, query, key, value, attention_mask, cu_seq_lens_q=N
     return torch.cat(parts).unflatten(0, (len(query), -1)), None
 
 
-class PackingCheck(TrainerCallback):
-    """Compares packed with single examples before the first step, and refuses where the attention mixes them."""
-
-    def __init__(self, rows: PackedRows, packed_collator, plain_collator):
-        self.rows, self.packed_collator, self.plain_collator = rows, packed_collator, plain_collator
-
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        gap, attention = self.measure(model, args.device), model.config._attn_implementation
-        # bf16 keeps 8 bits; an attention that mixes examples moves logits by as much as they are large
-        if gap > (3e-2 if args.bf16 or model.dtype == torch.bfloat16 else 1e-3):
-            raise UsageError(
-                f"--packing: the attention in use ({attention}) lets packed examples see each other (logits off by "
-                f"{gap:.2g}); use --attn_implementation sdpa, or no --packing"
-            )
-        if args.process_index == 0:
-            print(f"packing: {self.rows}; packed or alone the same logits (to {gap:.1e} of the largest)", flush=True)
-
-    def measure(self, model, device) -> float:
-        """Largest difference of the logits of two packed examples from those of each alone, over the largest logit."""
-        chosen = next((b for b in self.rows.bins if len(b) > 1), None)
-        if chosen is None:
-            return 0.0
-        rows = [{k: self.rows.rows[i][k][:64] for k in ("input_ids", "labels")} for i in chosen[:2]]
-        collators = (self.packed_collator, self.plain_collator, self.plain_collator)
-        training, logits = model.training, []
-        model.eval()
-        for row, collate in zip((join_examples(rows), *rows), collators, strict=True):
-            inputs = {k: v.to(device) if torch.is_tensor(v) else v for k, v in collate([row]).items() if k != "labels"}
-            with torch.no_grad():  # where there is autocast, it is in the model's forward
-                logits.append(model(**inputs).logits[0, : len(row["input_ids"])].float())
-        model.train(training)
-        alone = torch.cat(logits[1:])
-        return ((logits[0] - alone).abs().max() / alone.abs().max()).item()
-
-
 def pack_causal(model, rows, capacity: int, collator, use_cpu: bool):
     """
     (PackedRows, their collator, PackingCheck); on the CPU SDPA goes example by example where that is sound.
@@ -446,4 +444,7 @@ def pack_causal(model, rows, capacity: int, collator, use_cpu: bool):
     flash = "flash" in attention  # its kernel knows where examples begin: no padding
     packed_collator = PackedRowsCollator(collator.pad_token_id, 1 if flash else collator.multiple, flash, by_example)
     packed = PackedRows(rows, capacity)
-    return packed, packed_collator, PackingCheck(packed, packed_collator, collator)
+    chosen = next((bin_rows[:2] for bin_rows in packed.bins if len(bin_rows) > 1), [])
+    chosen = [{k: rows[i][k][:64] for k in ("input_ids", "labels")} for i in chosen]
+    check = PackingCheck(str(packed), chosen, lambda rows: packed_collator([join_examples(rows)]), collator)
+    return packed, packed_collator, check

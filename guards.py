@@ -65,6 +65,13 @@ LEAST |= dict.fromkeys(("max_train_samples", "max_eval_samples", "max_predict_sa
 LEAST |= {"preprocessing_num_workers": 1, "max_seq_length": 8}
 
 # T5's activations leave fp16's range: the loss turns NaN (https://github.com/huggingface/transformers/issues/4586).
+# Of AutoModelForSeq2SeqLM's types (5.23), those that run_summarization.py refuses.
+NOT_TRAINED = {"fsmt": "a batch's padding changes their losses (5.23)"}
+NOT_TRAINED["nllb-moe"] = "its experts drop what is too much for them of a batch, so that losses depend on the batch"
+NOT_TRAINED |= dict.fromkeys(("seamless_m4t", "seamless_m4t_v2"), "they generate by a language that is no flag here")
+HEAR = "audioflamingo3 glmasr granite_speech granite_speech_plus moss_transcribe_diarize musicflamingo nemo_speechlm "
+HEAR += "qwen2_audio qwen3_asr vibevoice_asr voxtral voxtral_realtime"
+NOT_TRAINED |= dict.fromkeys(HEAR.split(), "they read sound, not text alone")
 FP16_OVERFLOWS = ("t5", "mt5", "umt5", "longt5", "switch_transformers", "pix2struct", "udop")
 
 ENCODER = "is an encoder, which writes no text; give another, or make an encoder-decoder of it (tools/join_models.py)"
@@ -200,8 +207,8 @@ def find_model_problems(args: argparse.Namespace) -> list[str]:
     elif model_type and is_causal == is_seq2seq:
         what = "an encoder-decoder; run_summarization.py" if is_seq2seq else "no encoder-decoder; run_clm_instruct.py"
         problems.append(f"{named}: is {what} trains those")
-    if model_type == "fsmt":
-        problems.append(f"{named}: FSMT models are not trained: a batch's padding changes their losses (5.23)")
+    if reason := NOT_TRAINED.get(model_type):
+        problems.append(f"{named}: {model_type} models are not trained: {reason}")
     limit = (config or {}).get("max_position_embeddings")
     if is_causal and limit and args.max_seq_length and args.max_seq_length > limit:
         problems.append(f"--max_seq_length {args.max_seq_length}: the model has {limit} positions; give {limit}")

@@ -7,7 +7,7 @@
 What a run tells: an audit of the labels, the decisions taken, samples, answers and their scores.
 
 Optional beside run_summarization.py and run_clm_instruct.py: they train the same without it. In the order in which a
-run meets them: audit, choose_generation, show_answers, describe_run, score_answers, write_answers.
+run meets them: audit, choose_generation, show_answers or show_summaries, describe_run, score_answers, write_answers.
 """
 
 import itertools
@@ -237,6 +237,21 @@ def shorten(text: str, width: int = 160) -> str:
     """Text on one line of at most `width` characters."""
     text = " ".join(str(text).split())
     return text if len(text) <= width else text[: width - 4] + " ..."
+
+
+def show_summaries(rows, features, collator, tokenizer) -> SampleCallback:
+    """The first rows' summaries before and after training."""
+    rows, features = (list(part.select(range(min(SHOWN_SAMPLES, len(part))))) for part in (rows, features))
+    write = partial(write_summaries, batch=collator(features), tokenizer=tokenizer)
+    return SampleCallback(rows, write)
+
+
+def write_summaries(model, args, batch: dict, tokenizer) -> list[str]:
+    """The summaries of a collated batch; every rank generates, because ZeRO-3 needs them all."""
+    inputs = {name: batch[name].to(args.device) for name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        ids = model.eval().generate(**inputs, synced_gpus=is_deepspeed_zero3_enabled())
+    return tokenizer.batch_decode(ids, skip_special_tokens=True)
 
 
 # ------------------------------------------------------------------------------------------------ answers

@@ -46,7 +46,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 # The companions beside this script. Without them it trains to the same losses and weights; ABSENT says what is lost.
-guards = tables = model_checks = reports = fast_batches = zero_adafactor = None
+guards = tables = model_checks = reports = fast_batches = cpu_dropout = zero_adafactor = None
 with suppress(ModuleNotFoundError):
     import guards
 with suppress(ModuleNotFoundError):
@@ -57,6 +57,8 @@ with suppress(ModuleNotFoundError):
     import reports
 with suppress(ModuleNotFoundError):
     import fast_batches
+with suppress(ModuleNotFoundError):
+    import cpu_dropout
 with suppress(ModuleNotFoundError):
     import zero_adafactor
 UsageError = guards.UsageError if guards else ValueError
@@ -71,6 +73,7 @@ ABSENT = {
     "zero_adafactor.py": "under ZeRO --optim adafactor is the library's, which does not factor there: 4 bytes of "
     "state a parameter, and updates that depend on the number of ranks",
 }
+ABSENT |= {"cpu_dropout.py": "on the CPU torch draws T5's dropout masks: a step takes about a third longer"}
 
 FILE_TYPES = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
@@ -89,7 +92,6 @@ KNOWN_COLUMNS = (
 )
 
 COLUMNS = ("source", "reference")  # what the two columns are called from then on
-SHOWN_SAMPLES = 5
 
 # ------------------------------------------------------------------------------------------------ arguments
 
@@ -140,7 +142,7 @@ class DataTrainingArguments:
         default=None,
         metadata={"nargs": "?", "const": True},
         help="Train on a batch's rows end to end instead of padded: the same batches, losses and gradients in about "
-        "half the time. Default: where the model can (T5 and mT5) and fast_batches.py is here.",
+        "half the time. Default: where the model can (docs/summarization.md) and fast_batches.py is here.",
     )
     max_train_samples: int | None = HfArg(default=None, help="Use only this many training rows.")
     max_eval_samples: int | None = HfArg(default=None, help="Use only this many validation rows.")
@@ -320,11 +322,13 @@ def load_model(model_args, data_args, training_args):
     if target_tokenizer is tokenizer and len(tokenizer) > model.get_input_embeddings().num_embeddings:
         print(f"the tokenizer has more tokens than the model: the embeddings grow to {len(tokenizer)}", flush=True)
         model.resize_token_embeddings(len(tokenizer))
+    # Gemma's pads on the left, which would set a target apart from its start, and count positions from elsewhere.
+    tokenizer.padding_side = target_tokenizer.padding_side = "right"
     if target_tokenizer.eos_token_id not in target_tokenizer(text_target="a")["input_ids"][-2:]:
         raise UsageError(f"--model_name_or_path {name}: its tokenizer ends no target: targets would have no end")
     for parameter_name, parameter in model.named_parameters():
-        if ".pooler." in parameter_name:  # of a BERT encoder: nothing reads it, and DDP would wait for its gradient
-            parameter.requires_grad_(False)
+        if re.search(r"\.(pooler|vision_tower|multi_modal_projector)\.", parameter_name):
+            parameter.requires_grad_(False)  # BERT's, T5Gemma2's: nothing reads them, and DDP would wait for gradients
     set_generation_defaults(model, target_tokenizer, data_args, training_args)
     check_positions(model, tokenizer, target_tokenizer, data_args, training_args)
     return tokenizer, target_tokenizer, model
@@ -389,7 +393,15 @@ class SummaryCollator(transformers.DataCollatorForSeq2Seq):
     """The stock one, with decoder_input_ids also for models that make none of labels (M2M100), and without a cache."""
 
     def __call__(self, features: list[dict], return_tensors=None) -> dict:
+        # A filler asks for nothing; mBART and PLBART take a target's last token for its first, and it has none.
+        fillers = torch.tensor([row["labels"] == [-100] for row in features])
+        features = [row | {"labels": row["input_ids"]} if row["labels"] == [-100] else row for row in features]
         batch = super().__call__(features, return_tensors)
+        batch["labels"][fillers] = -100
+        # LED pads to its window by itself: on one rank and not on another, on which ZeRO-3 dies (5.23)
+        short = -batch["input_ids"].shape[1] % int(np.max(getattr(self.model.config, "attention_window", 1)))
+        for name, value in (("input_ids", self.tokenizer.pad_token_id), ("attention_mask", 0)):
+            batch[name] = torch.nn.functional.pad(batch[name], (0, short), value=value)
         if "decoder_input_ids" not in batch:
             start = self.model.generation_config.decoder_start_token_id
             ids = torch.nn.functional.pad(batch["labels"][:, :-1], (1, 0), value=start)
@@ -456,27 +468,27 @@ def prepare_split(raw, split: str, columns, max_samples: int | None, tokenizers:
 # ------------------------------------------------------------------------------------------------ training
 
 
-def choose_batches(model, collator, data_args, training_args) -> tuple:
+def choose_batches(model, rows, collator, data_args, training_args) -> tuple:
     """
-    (collator of the training batches, compute_loss_func), and say which they are.
+    (collator of the training batches, callbacks, compute_loss_func); rows: those to train on.
 
-    With fast_batches.py a T5's rows stand end to end and the loss is made without logits; neither changes the batches,
-    losses or gradients.
+    With fast_batches.py, if the model bears it, rows stand end to end and the loss is made without logits; neither
+    changes the batches, losses or gradients. Its callback proves the packing, and says so, before the first step.
     """
-    smoothing, packed, fused = training_args.label_smoothing_factor, None, None
+    smoothing, packed, checks, fused = training_args.label_smoothing_factor, None, [], None
     plain = data_args.pad_to_max_length or not data_args.ignore_pad_token_for_loss
     if fast_batches and training_args.do_train:
         fused = fast_batches.fuse_loss(model, smoothing)
-        packed = None if plain or data_args.packing is False else fast_batches.pack_seq2seq(model, collator)
-        if training_args.use_cpu:
-            fast_batches.speed_up_cpu(model)
+        if not plain and data_args.packing is not False:
+            packed, checks = fast_batches.pack_seq2seq(model, rows, collator)
+    if cpu_dropout and training_args.do_train and training_args.use_cpu:
+        cpu_dropout.speed_up_cpu(model)
     if data_args.packing and not packed:
         why = "not with padding as asked for" if plain else f"{model.config.model_type} models cannot be packed"
         raise UsageError(f"--packing: {why}; leave the flag out")
-    if training_args.do_train and training_args.process_index == 0:
-        ends = "packing: a batch's rows stand end to end (--packing false pads them)"
-        print(ends if packed else "batches are padded", flush=True)
-    return packed or collator, fused or partial(compute_token_loss, label_smoothing=smoothing)
+    if training_args.do_train and training_args.process_index == 0 and not packed:
+        print("batches are padded", flush=True)
+    return packed or collator, checks, fused or partial(compute_token_loss, label_smoothing=smoothing)
 
 
 def token_loss_sum(logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
@@ -612,21 +624,6 @@ class SummarizationTrainer(TokenMeanTrainer):
             target_tokenizer.save_pretrained(Path(output_dir or self.args.output_dir) / "decoder_tokenizer")
 
 
-def show_summaries(rows, features, collator, tokenizer):
-    """The first rows' summaries before and after training."""
-    rows, features = (list(part.select(range(min(SHOWN_SAMPLES, len(part))))) for part in (rows, features))
-    write = partial(write_summaries, batch=collator(features), tokenizer=tokenizer)
-    return reports.SampleCallback(rows, write)
-
-
-def write_summaries(model, args, batch: dict, tokenizer) -> list[str]:
-    """The summaries of a collated batch; every rank generates, because ZeRO-3 needs them all."""
-    inputs = {name: batch[name].to(args.device) for name in ("input_ids", "attention_mask")}
-    with torch.no_grad():
-        ids = model.eval().generate(**inputs, synced_gpus=is_deepspeed_zero3_enabled())
-    return tokenizer.batch_decode(ids, skip_special_tokens=True)
-
-
 # Letters that are written without spaces between words, each a word of its own.
 UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}ー\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
 
@@ -749,14 +746,15 @@ def main(argv: list[str] | None = None) -> dict:
         label_pad_token_id=-100 if data_args.ignore_pad_token_for_loss else target_tokenizer.pad_token_id,
         pad_to_multiple_of=8 if training_args.bf16 or training_args.fp16 or model_args.pure_bf16 else None,
     )
-    train_collator, loss = choose_batches(model, collator, data_args, training_args)
+    train_rows = splits["train"][1] if "train" in splits else None
+    train_collator, callbacks, loss = choose_batches(model, train_rows, collator, data_args, training_args)
     show = reports and training_args.do_train and "validation" in splits and training_args.predict_with_generate
-    callbacks = [show_summaries(*splits["validation"], collator, target_tokenizer)] if show else []
+    callbacks += [reports.show_summaries(*splits["validation"], collator, target_tokenizer)] if show else []
     metrics = partial(compute_metrics, tokenizer=target_tokenizer, language=data_args.rouge_language)
     trainer = SummarizationTrainer(
         model=model,
         args=training_args,
-        train_dataset=add_filler(splits["train"][1], tokenizer.eos_token_id) if "train" in splits else None,
+        train_dataset=add_filler(train_rows, tokenizer.eos_token_id) if train_rows else None,
         eval_dataset=splits["validation"][1] if "validation" in splits else None,
         processing_class=target_tokenizer,  # the trainer sets the model's start, end and padding by it
         data_collator=collator,

@@ -31,7 +31,7 @@ def list_files(folder: Path) -> list[str]:
 @pytest.mark.parametrize(
     "script, used",
     [
-        ("run_summarization.py", COMPANIONS),
+        ("run_summarization.py", ["cpu_dropout.py", *COMPANIONS]),
         ("run_clm_instruct.py", [*COMPANIONS, *CHAT]),
         ("run_generation.py", GENERATION),
         ("guards.py", ["checkpoints.py"]),

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, MT5Config, T5Config, 
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+import cpu_dropout
 import fast_batches
 
 START, PAD = 0, 0
@@ -73,9 +74,20 @@ def shift_labels(labels: torch.Tensor) -> torch.Tensor:
     return torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], -100)], dim=1)
 
 
+class TargetCollator:
+    """What PackingCollator takes of a DataCollatorForSeq2Seq: its padding, and the decoder's input."""
+
+    def __init__(self, pad_id: int = PAD, start: int = START, multiple: int | None = None):
+        self.start, self.pad_to_multiple_of = start, multiple
+        self.tokenizer = SimpleNamespace(pad_token_id=pad_id)
+
+    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        ids = pad([[self.start, *row["labels"][:-1]] for row in rows], self.tokenizer.pad_token_id)
+        return {"decoder_input_ids": ids.masked_fill(ids == -100, self.tokenizer.pad_token_id)}
+
+
 def pack_seq2seq(model, multiple: int | None = None) -> fast_batches.PackingCollator:
-    tokenizer = SimpleNamespace(pad_token_id=PAD)
-    return fast_batches.pack_seq2seq(model, SimpleNamespace(tokenizer=tokenizer, pad_to_multiple_of=multiple))
+    return fast_batches.pack_seq2seq(model, [], TargetCollator(multiple=multiple))[0]
 
 
 def compute(model, batch: dict, fused=None) -> tuple[float, dict[str, torch.Tensor]]:
@@ -129,19 +141,19 @@ def test_a_packed_batch_has_the_loss_and_the_gradients_of_the_padded_one(config_
 
 
 def test_a_model_that_is_not_known_to_bear_packing_is_left_as_it_is():
-    config = transformers.BartConfig(vocab_size=96, d_model=16, encoder_layers=1, decoder_layers=1)
-    model = transformers.BartForConditionalGeneration(config)
+    config = transformers.LEDConfig(vocab_size=96, d_model=16, encoder_layers=1, decoder_layers=1)
+    model = transformers.LEDForConditionalGeneration(config)
     before = [type(module) for module in model.modules()]
-    fast_batches.speed_up_cpu(model)
+    cpu_dropout.speed_up_cpu(model)
     assert pack_seq2seq(model) is None and fast_batches.fuse_loss(model) is None
-    assert [type(module) for module in model.modules()] == before and model.config._attn_implementation == "sdpa"
+    assert [type(module) for module in model.modules()] == before and model.config._attn_implementation == "eager"
     assert not model.get_encoder()._forward_pre_hooks and not model.get_decoder()._forward_pre_hooks
 
 
 def test_without_the_hooks_the_examples_of_a_row_would_see_each_other():
     rows, model = make_rows(12), make_t5(T5Config, "sdpa")
     expected, _ = compute(model, pad_batch(rows))
-    packed = fast_batches.PackingCollator(PAD, START, None)(rows)
+    packed = fast_batches.PackingCollator(TargetCollator())(rows)
     for name in ("attention_mask", "decoder_attention_mask"):
         packed[name] = packed[name].ne(0).long()
     assert compute(model, packed)[0] != pytest.approx(expected, rel=1e-4)
@@ -150,7 +162,8 @@ def test_without_the_hooks_the_examples_of_a_row_would_see_each_other():
 @pytest.mark.parametrize("start, pad_id", [(0, 0), (0, 3), (5, 91)])
 def test_every_example_is_packed_once_with_its_start_token_and_its_number(start, pad_id):
     rows = make_rows(9, seed=4)
-    packed = fast_batches.PackingCollator(pad_id, start, None)(rows)
+    packed = fast_batches.PackingCollator(TargetCollator(pad_id, start))(rows)
+    assert packed.pop("use_cache") is False
     found = []
     for ids, numbers, starts, places, labels in zip(*packed.values(), strict=True):
         for number in range(1, int(numbers.max()) + 1):
@@ -163,7 +176,7 @@ def test_every_example_is_packed_once_with_its_start_token_and_its_number(start,
 
 def test_the_decoder_reads_padding_where_a_label_inside_a_target_is_none():
     row = {"input_ids": [5, 6, 1], "labels": [7, -100, 2, 1]}
-    packed = fast_batches.PackingCollator(3, 0, None)([row])
+    packed = fast_batches.PackingCollator(TargetCollator(3, 0))([row])
     assert packed["decoder_input_ids"].tolist() == [[0, 7, 3, 2]]
 
 
@@ -197,7 +210,7 @@ def test_odd_batches_are_packed_too(sizes):
 def test_the_cpus_dropout_drops_a_share_of_p_scales_the_rest_and_its_gradient_alike(p, dtype):
     torch.manual_seed(0)
     values = torch.ones(100_001, dtype=dtype, requires_grad=True)
-    dropped = fast_batches.drop_on_cpu(values, p)
+    dropped = cpu_dropout.drop_on_cpu(values, p)
     (gradient,) = torch.autograd.grad(dropped.sum(), values)
     assert dropped.dtype == dtype and torch.equal(dropped, gradient)  # of ones
     kept = dropped != 0
@@ -210,21 +223,21 @@ def test_the_cpus_dropout_drops_a_share_of_p_scales_the_rest_and_its_gradient_al
 def test_the_cpus_dropout_follows_the_seed_and_does_nothing_in_evaluation():
     values = torch.randn(3, 5)
     torch.manual_seed(1)
-    first, second = fast_batches.drop_on_cpu(values, 0.5), fast_batches.drop_on_cpu(values, 0.5)
+    first, second = cpu_dropout.drop_on_cpu(values, 0.5), cpu_dropout.drop_on_cpu(values, 0.5)
     torch.manual_seed(1)
-    assert torch.equal(fast_batches.drop_on_cpu(values, 0.5), first) and not torch.equal(first, second)
+    assert torch.equal(cpu_dropout.drop_on_cpu(values, 0.5), first) and not torch.equal(first, second)
     assert (
-        fast_batches.drop_on_cpu(values, 0.5, training=False) is values
-        and fast_batches.drop_on_cpu(values, 0.0) is values
+        cpu_dropout.drop_on_cpu(values, 0.5, training=False) is values
+        and cpu_dropout.drop_on_cpu(values, 0.0) is values
     )
-    assert fast_batches.drop_on_cpu(values, 1.0).abs().sum() == 0
+    assert cpu_dropout.drop_on_cpu(values, 1.0).abs().sum() == 0
 
 
 @pytest.mark.parametrize("config_class", T5S)
 def test_a_sped_up_t5_is_the_same_model_without_dropout(config_class):
     model, rows = make_t5(config_class, "eager"), make_rows(6)
     expected_loss, expected = compute(model, pad_batch(rows))
-    fast_batches.speed_up_cpu(model)
+    cpu_dropout.speed_up_cpu(model)
     loss, gradients = compute(model, pad_batch(rows))
     assert loss == pytest.approx(expected_loss, rel=1e-6)
     assert_same_gradients(gradients, expected)
@@ -233,12 +246,12 @@ def test_a_sped_up_t5_is_the_same_model_without_dropout(config_class):
 def test_every_dropout_of_a_sped_up_t5_is_the_cheap_one_and_the_library_keeps_its_own(monkeypatch, tmp_path):
     model, batch = make_t5(T5Config, dropout=0.5), pad_batch(make_rows(6))
     stock = torch.nn.functional.dropout
-    fast_batches.speed_up_cpu(model)
+    cpu_dropout.speed_up_cpu(model)
     assert torch.nn.functional.dropout is stock and ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward
     for name in ("dropout", "scaled_dot_product_attention"):
         monkeypatch.setattr(torch.nn.functional, name, None)  # not called any more
-    drawn, draw = [], fast_batches.drop_on_cpu
-    monkeypatch.setattr(fast_batches, "drop_on_cpu", lambda *args: drawn.append(args[1]) or draw(*args))
+    drawn, draw = [], cpu_dropout.drop_on_cpu
+    monkeypatch.setattr(cpu_dropout, "drop_on_cpu", lambda *args: drawn.append(args[1]) or draw(*args))
     assert compute(model, batch)[0] != compute(model, batch)[0]
     # A layer's attention (decoder: two) and feed-forward with what follows each, and both ends of each stack.
     assert drawn == [0.5] * 2 * (2 * (2 + 2) + 2 + 2 * (2 + 2 + 2) + 2)
@@ -478,12 +491,13 @@ def run_and_differentiate(model, batch: dict) -> list[torch.Tensor]:
 
 def test_packing_is_refused_where_the_attention_lets_examples_see_each_other(capsys):
     model = make_causal("llama").train()
-    _, sound, check = fast_batches.pack_causal(model, make_examples(), 64, PaddingCollator(), use_cpu=True)
-    args = SimpleNamespace(device=torch.device("cpu"), bf16=False, process_index=0)
+    *_, check = fast_batches.pack_causal(model, make_examples(), 64, PaddingCollator(), use_cpu=True)
+    args = SimpleNamespace(device=torch.device("cpu"), bf16=False, fp16=False, process_index=0)
     check.on_train_begin(args, None, None, model=model)
     assert "packed or alone the same logits" in capsys.readouterr().out and model.training
     # transformers 5.23 makes no block-diagonal mask while it keeps a cache, and does not say so
-    check.packed_collator = lambda rows: sound(rows) | {"use_cache": True, "cu_seq_lens_q": None}
+    sound = check.pack
+    check.pack = lambda rows: sound(rows) | {"use_cache": True, "cu_seq_lens_q": None}
     with pytest.raises(fast_batches.UsageError, match="sdpa_by_example. lets packed examples see each other"):
         check.on_train_begin(args, None, None, model=model)
 

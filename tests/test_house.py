@@ -16,6 +16,7 @@ COMPANIONS = (
     "chat_turns.py",
     "reports.py",
     "fast_batches.py",
+    "cpu_dropout.py",
     "zero_adafactor.py",
     "lora.py",
     "checkpoints.py",
@@ -38,6 +39,7 @@ MOST_LINES = {
     "generation_store.py": 150,
     "model_checks.py": 150,
     "fast_batches.py": 450,
+    "cpu_dropout.py": 100,
     "zero_adafactor.py": 500,
     "README.md": 180,
 }

@@ -18,6 +18,7 @@ COMPANIONS = (
     "chat_turns.py",
     "reports.py",
     "fast_batches.py",
+    "cpu_dropout.py",
     "zero_adafactor.py",
 )
 SGD = ["--do_train", "--max_steps", "12", "--logging_steps", "1", "--optim", "sgd", "--learning_rate", "0.1"]
@@ -33,10 +34,12 @@ SENTENCES = {
     "model_checks.py": "model_checks.py is not beside this script: a model that lacks weights",
     "reports.py": "reports.py is not beside this script: no audit of labels",
     "fast_batches.py": "fast_batches.py is not beside this script: batches are padded",
+    "cpu_dropout.py": "cpu_dropout.py is not beside this script: on the CPU torch draws",
     "zero_adafactor.py": "zero_adafactor.py is not beside this script: under ZeRO",
     "chat_turns.py": "chat_turns.py is not beside this script: rows with tools",
 }
-ONE_SCRIPTS = {"chat_turns.py": "run_clm_instruct.py"}  # companions of one script only
+# Companions of one script only.
+ONE_SCRIPTS = {"chat_turns.py": "run_clm_instruct.py", "cpu_dropout.py": "run_summarization.py"}
 
 
 @pytest.fixture(scope="module")
