@@ -1,17 +1,21 @@
 # Copyright 2026 The plaintune authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.8", "transformers>=5.17"]
+# dependencies = ["torch>=2.8", "transformers>=5.17", "jinja2"]
 # ///
 """
 Whether a model is what it seems: each weight from its file and finite, its own tokenizer, settings that can be saved.
 
-Optional beside the run_*.py: they load the same without it. In the order in which a run meets them: load, check_model.
+Optional beside the run_*.py: they load the same without it. In the order in which a run meets them: load,
+find_template_oddities (by reports.py), check_model.
 """
 
 import json
+import os
+import re
 from pathlib import Path
 
+import jinja2
 import torch
 
 try:
@@ -27,6 +31,10 @@ LEAST_VOCABULARY, MOST_PADDING = 0.5, 1000
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json")
 TOKENIZER_FILES += ("vocab.txt", "source.spm", "prophetnet.tokenizer", "vocab-src.json", "tekken.json")
 NAMED = 3  # weights that are named of each kind
+DAYS = "18", "29"  # what stands for a date when a template is tried; they begin otherwise
+MARK = r"<\|[^\s|]+\|>"
+DATED = "the template writes today's date into prompts (strftime_now, after {!r}): those of another day differ from "
+DATED += "those trained on; give a copy with a fixed date as --prompt_template"
 
 
 def load(auto, name: str, flag: str = "model_name_or_path", **settings):
@@ -111,3 +119,32 @@ def check_model(model, tokenizer, token_ids: list[list[int]], model_args) -> Non
         problems.append(f"{named}: generation settings that could not be saved: {what or str(error).splitlines()[0]}")
     if problems:
         raise UsageError("\n".join(problems))
+
+
+def find_template_oddities(tokenizer, prompts: list[str]) -> list[str]:
+    """What a chat template does that nobody expects, a line each; none stops a run. prompts: those of the rows."""
+    if not any(prompts):  # plain text
+        return []
+    question, said = {"role": "user", "content": "?"}, []
+    chat, eos = write([question, {"role": "assistant", "content": "!"}] * 2, tokenizer), tokenizer.eos_token
+    last = tokenizer(chat.rstrip(), add_special_tokens=False)["input_ids"][-1:]
+    if chat and eos not in chat and last[0] not in tokenizer.added_tokens_decoder:
+        marks = {mark: len(tokenizer(mark, add_special_tokens=False)["input_ids"]) for mark in re.findall(MARK, chat)}
+        torn = ", ".join(f"{mark} is {count} tokens here" for mark, count in marks.items() if count > 1)
+        said.append(f"the template ends no answer by a token{f' ({torn})' if torn else ''}: {eos}, put after a chat's")
+        said[-1] += " last answer, alone stops; give a template that ends each, or a tokenizer that has its tokens"
+    for messages in ([question], [{"role": "system", "content": "!"}, question]):
+        days = [write(messages, tokenizer, day) for day in DAYS]
+        before = os.path.commonprefix(days)  # up to the date; the rows' own may be an older one, from the cache
+        if days[0] != days[1] and any(before[-20:] in prompt for prompt in prompts):
+            return [*said, DATED.format(before[-20:])]
+    return said
+
+
+def write(messages: list[dict], tokenizer, day: str = DAYS[0]) -> str:
+    """A chat as the template writes it, with `day` in the place of today's date; nothing where it refuses."""
+    try:
+        template = re.sub(r"strftime_now\([^()]*\)", repr(day), tokenizer.get_chat_template())
+        return tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
+    except (jinja2.TemplateError, TypeError, ValueError):
+        return ""

@@ -12,13 +12,11 @@ run meets them: audit, choose_generation, show_answers or show_summaries, descri
 
 import itertools
 import json
-import os
 import re
 import unicodedata
 from functools import partial
 from pathlib import Path
 
-import jinja2
 import numpy as np
 import regex
 import torch
@@ -30,15 +28,15 @@ try:
     from guards import UsageError
 except ModuleNotFoundError:
     UsageError = ValueError
+try:
+    import model_checks
+except ModuleNotFoundError:
+    model_checks = None
 
 # Where the audit stops a run: shares of the rows, of those that are too long, of the answers, of the validation rows.
 MAX_LEFT_OUT, MAX_TOO_LONG, MAX_UNSTOPPED, MAX_OVERLAP = 0.05, 0.50, 0.10, 0.20
 TOO_LONG = "longer than --max_seq_length"
 SHOWN_SAMPLES = 5
-DAYS = "18", "29"  # what stands for a date when a template is tried; they begin otherwise
-MARK = r"<\|[^\s|]+\|>"
-DATED = "the template writes today's date into prompts (strftime_now, after {!r}): those of another day differ from "
-DATED += "those trained on; give a copy with a fixed date as --prompt_template"
 
 # What a row counts of itself, summed in the audit's table.
 COUNTED = ("cut_exchanges", "tokens", "supervised_tokens", "answers", "answers_with_stop", "answers_unsupervised")
@@ -67,7 +65,8 @@ def audit(splits: dict, tokenizer, writes_bos: bool, skip: bool = False, only: b
         first = next(iter(splits.values()))
         usable = itertools.islice((i for i, problem in enumerate(first["problem"][:]) if not problem), 2)
         shown = (show_tokens(first[i]["input_ids"], first[i]["labels"], tokenizer) for i in usable)
-        said = [*find_template_oddities(tokenizer, first["source"][:]), *problems]
+        oddities = model_checks.find_template_oddities(tokenizer, first["source"][:]) if model_checks else []
+        said = [*oddities, *problems]
         print(format_audit(counts), *shown, *(f"audit: {line}" for line in said), sep="\n", flush=True)
     if problems and (unusable or not (skip or only)):
         raise UsageError("\n".join(problems if unusable else [*problems, "--skip_audit trains all the same"]))
@@ -114,36 +113,6 @@ def find_audit_problems(counts: dict[str, dict]) -> list[str]:
             found.append(f"{len(overlap)} of {c['used']} prompts are in the training data; remove them")
         problems += [f"{split}: {problem}" for problem in found]
     return problems
-
-
-def find_template_oddities(tokenizer, prompts: list[str]) -> list[str]:
-    """What a chat template does that nobody expects, a line each; none stops a run. prompts: those of the rows."""
-    if not any(prompts):  # plain text
-        return []
-    question, said = {"role": "user", "content": "?"}, []
-    chat, eos = write([question, {"role": "assistant", "content": "!"}] * 2, tokenizer), tokenizer.eos_token
-    last = tokenizer(chat.rstrip(), add_special_tokens=False)["input_ids"][-1:]
-    if chat and eos not in chat and last[0] not in tokenizer.added_tokens_decoder:
-        marks = {mark: len(tokenizer(mark, add_special_tokens=False)["input_ids"]) for mark in re.findall(MARK, chat)}
-        torn = ", ".join(f"{mark} is {count} tokens here" for mark, count in marks.items() if count > 1)
-        said.append(f"the template ends no answer by a token{f' ({torn})' if torn else ''}: {eos}, put after a chat's")
-        said[-1] += " last answer, alone stops; give a template that ends each, or a tokenizer that has its tokens"
-    for messages in ([question], [{"role": "system", "content": "!"}, question]):
-        days = [write(messages, tokenizer, day) for day in DAYS]
-        before = os.path.commonprefix(days)  # up to the date; the rows' own may be an older one, from the cache
-        if days[0] != days[1] and any(before[-20:] in prompt for prompt in prompts):
-            said.append(DATED.format(before[-20:]))
-            break
-    return said
-
-
-def write(messages: list[dict], tokenizer, day: str = DAYS[0]) -> str:
-    """A chat as the template writes it, with `day` in the place of today's date; nothing where it refuses."""
-    try:
-        template = re.sub(r"strftime_now\([^()]*\)", repr(day), tokenizer.get_chat_template())
-        return tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
-    except (jinja2.TemplateError, TypeError, ValueError):
-        return ""
 
 
 def describe_reasons(reasons: dict) -> list[str]:

@@ -100,7 +100,6 @@ WARPERS = {
 
 DEFAULT_MAX_SOURCE_LENGTH = 1024
 DEFAULT_MAX_NEW_TOKENS = 128
-DEFAULT_TOP_K = 50  # generate()'s
 
 # Rows that are tokenised and sorted by length together.
 WINDOW = 16_384
@@ -492,7 +491,7 @@ def make_generation_config(model, tokenizer, decoding: dict) -> GenerationConfig
     values = {"max_new_tokens": (longest or DEFAULT_MAX_NEW_TOKENS + 1) - 1, "num_beams": 1, "do_sample": False}
     values |= {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id} | own | decoding
     if values["do_sample"]:
-        values.setdefault("top_k", DEFAULT_TOP_K)
+        values.setdefault("top_k", 50)  # generate()'s
     config = GenerationConfig(**values)
     try:
         config.validate(strict=True)

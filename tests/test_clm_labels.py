@@ -23,6 +23,7 @@ from tokenizers import (
 )
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
+import model_checks
 import reports
 import run_clm_instruct as clm
 
@@ -1334,7 +1335,7 @@ def test_a_template_without_a_way_to_stop_is_named_with_what_its_marks_are(capsy
 @pytest.mark.parametrize("family", FAMILIES)
 def test_of_a_familys_template_on_its_own_tokens_nothing_is_said(family):
     tokenizer, _ = make_case(family, FAMILIES[family][3][0])
-    assert reports.find_template_oddities(tokenizer, ["a prompt"]) == []
+    assert model_checks.find_template_oddities(tokenizer, ["a prompt"]) == []
 
 
 def read_marks(shown: str) -> list[tuple[str, bool]]:
