@@ -197,13 +197,13 @@ def test_a_flag_that_is_gone_says_what_to_do(arguments, flag):
 
 
 def test_packing_of_a_model_that_cannot_be_packed_is_refused(monkeypatch):
-    model = SimpleNamespace(config=SimpleNamespace(model_type="bart"), get_output_embeddings=lambda: None)
+    model = SimpleNamespace(config=SimpleNamespace(model_type="led"), get_output_embeddings=lambda: None)
     data_args = SimpleNamespace(packing=True, pad_to_max_length=False, ignore_pad_token_for_loss=True)
     training_args = SimpleNamespace(label_smoothing_factor=0.0, do_train=True, use_cpu=True, process_index=0)
-    with pytest.raises(script.UsageError, match="--packing: bart models cannot be packed"):
-        script.choose_batches(model, None, data_args, training_args)
+    with pytest.raises(script.UsageError, match="--packing: led models cannot be packed"):
+        script.choose_batches(model, [], None, data_args, training_args)
     data_args.packing = None
-    assert script.choose_batches(model, "collator", data_args, training_args)[0] == "collator"
+    assert script.choose_batches(model, [], "collator", data_args, training_args)[0] == "collator"
 
 
 def test_a_flag_that_transformers_5_dropped_says_what_replaced_it(arguments):
