@@ -459,6 +459,9 @@ def prepare_split(raw, split: str, columns, max_samples: int | None, tokenizers:
             fn_kwargs={"prefix": data_args.source_prefix or "", "limits": limits, **settings},
             desc=f"Tokenising {split}",
         )
+    for backend in (t.backend_tokenizer for t in tokenizers if t.is_fast):  # what it keeps would be saved with it,
+        backend.no_truncation()  # and not where the rows came from the cache
+        backend.no_padding()
     if training_args.process_index == 0:
         cuts = (sum(tokenized[name][:]) for name in ("source_cut", "target_cut"))
         print(f"{story}; {next(cuts)} sources and {next(cuts)} targets cut", flush=True)
