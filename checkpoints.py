@@ -36,7 +36,7 @@ LOCK, SETTINGS, MARKER = ".lock", "run.json", "complete.json"
 # that decide what is evaluated and written at the end.
 FREE = """
 output_dir resume_from_checkpoint do_train use_cpu deepspeed local_rank debug skip_memory_metrics disable_tqdm
-report_to run_name project cache_dir token overwrite_cache preprocessing_num_workers audit_only skip_audit
+report_to run_name project rank_timeout cache_dir token overwrite_cache preprocessing_num_workers audit_only skip_audit
 trust_remote_code include_num_input_tokens_seen validation_split_percentage torch_empty_cache_steps bf16_full_eval
 fp16_full_eval per_device_eval_batch_size eval_accumulation_steps dataloader_num_workers dataloader_pin_memory
 dataloader_persistent_workers dataloader_prefetch_factor

@@ -35,6 +35,10 @@ try:
     import checkpoints
 except ModuleNotFoundError:
     checkpoints = None
+try:
+    import rank_watch
+except ModuleNotFoundError:
+    rank_watch = None
 
 # Flags of older versions, transformers' and ours, and what says the same today.
 REPLACED_FLAGS = {
@@ -84,6 +88,12 @@ DEEPSPEED_TWINS = (
     (("bf16", "enabled"), "bf16"),
     (("fp16", "enabled"), "fp16"),
 )
+
+# How Python, safetensors and torch say that a disk is full, read-only or gone.
+DISK_FAULTS = ("No space left", "os error 28", "PytorchStreamWriter", "Read-only file system", "Disk quota exceeded")
+DISK_FAULTS += ("unexpected pos", "Input/output error")
+
+RANK_TIMEOUT = 30  # seconds, of a script without the flag
 
 # What --report_to needs, the first name being what to install.
 TRACKERS = {"mlflow": ("mlflow",), "tensorboard": ("tensorboardX", "tensorboard")}
@@ -353,6 +363,8 @@ def start_ranks(args: argparse.Namespace) -> None:
             port = probe.getsockname()[1]
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    if rank_watch:
+        rank_watch.watch(getattr(args, "rank_timeout", RANK_TIMEOUT))
     if args.use_cpu:
         # Left to itself each rank starts a thread a core; two ranks of ZeRO-3 on two cores are then 3 times slower.
         # (deepspeed says LOCAL_SIZE, torchrun LOCAL_WORLD_SIZE)
@@ -543,13 +555,28 @@ def run_and_exit(main) -> None:
         else:
             time.sleep(3)  # the launcher ends every rank when the first is gone: let rank 0 speak
         os._exit(2)
+    except Exception as error:
+        if sentence := explain_failure(error):
+            print(f"\nerror: {sentence}; start the same command again", file=sys.stderr, flush=True)
+            os._exit(3)
+        raise
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
+    if rank_watch:
+        rank_watch.sign_off()
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
+
+
+def explain_failure(error: Exception) -> str | None:
+    """A sentence for what the machine did to a run: a disk that is full or read-only, a rank that is gone."""
+    said = " ".join(str(error).split())
+    if any(word in said for word in DISK_FAULTS):
+        return f"a file cannot be written ({said[:200]}): make room, or name another folder; what was whole is kept"
+    return rank_watch.explain_lost_rank(error) if rank_watch else None
 
 
 # ------------------------------------------------------------------------------------------------ generation

@@ -108,6 +108,7 @@ class CausalModelArguments:
     lora_target_modules: list[str] | None = HfArg(default=None, help="Modules with adapters. Default: all linear.")
     merge_lora: bool = HfArg(default=False, help="Then write base and adapters as one model to OUTPUT_DIR/merged.")
     merge_dtype: str = HfArg(default="float32", help="Type of the merged weights: float32, bfloat16, float16.")
+    rank_timeout: float = HfArg(default=30.0, help="Seconds without a sign of another rank, after which a run ends.")
 
 
 @dataclass

@@ -108,6 +108,7 @@ class ModelArguments:
     model_revision: str = HfArg(default="main", help="Branch, tag or commit of the model on the hub.")
     token: str | None = HfArg(default=None, help="Hub token for private and gated models; never logged.")
     trust_remote_code: bool = HfArg(default=False, help="Run a hub model's own code. Only for code you have read.")
+    rank_timeout: float = HfArg(default=30.0, help="Seconds without a sign of another rank, after which a run ends.")
     pure_bf16: bool = HfArg(
         default=False,
         help="Weights, gradients and arithmetic in bf16 with stochastic rounding: 4 bytes a parameter in all. With "
