@@ -91,10 +91,11 @@ def test_losses_and_gradient_norms_of_a_real_model_are_equal_however_the_rows_ar
         assert packed and int(packed[1]) <= 4
     else:
         assert f"effective batch 8 = {rows} rows x {max(ranks, 1)} processes x {steps} accumulation" in printed
+    # Measured on 2026-11-25: losses 1e-6, under ZeRO-3 5.9e-6; norms 6e-7, under ZeRO-3 3.7e-5: DeepSpeed sums the
+    # squares in fp64, torch in fp32, which on one thread is 2.5e-5 off for a model of this size, and both clip by it.
     for key, most in (("loss", 1e-5), ("grad_norm", 1e-4)):
         expected = history(whole, key)
         assert len(expected) == 3 and expected[2] < expected[0] * 0.9
-        print(way, key, [a / b - 1 for a, b in zip(history(out, key), expected, strict=True)], expected)
         assert history(out, key) == pytest.approx(expected, rel=most), key
     shutil.rmtree(out)
 
@@ -118,10 +119,10 @@ run_clm_instruct.main()
 
 
 def read_steps(out: Path) -> list[dict]:
-    """What was logged of each step, and of each evaluation, but for times."""
+    """What was logged of each step, but for times."""
     entries = json.loads((out / "trainer_state.json").read_text())["log_history"]
-    names = ("step", "epoch", "loss", "grad_norm", "learning_rate", "eval_loss")
-    return [{name: entry[name] for name in names if name in entry} for entry in entries]
+    names = ("step", "epoch", "loss", "grad_norm", "learning_rate")
+    return [{name: entry[name] for name in names} for entry in entries if "loss" in entry]
 
 
 def resume(place: Path, steps: int, checkpoint: int, train_again) -> Path:
@@ -141,7 +142,7 @@ def test_all_parameters_killed_right_after_a_checkpoint_and_resumed_end_bit_equa
 
     killed = resume(place, 2, 2, train_again)
     assert (killed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
-    assert len(history(killed, "loss")) == 3 and read_steps(killed) == read_steps(whole)
+    assert len(read_steps(whole)) == 3 and read_steps(killed) == read_steps(whole)
 
 
 # LoRA with AdamW and dropout, packed, in two micro-batches: states of the optimizer and of chance count.
@@ -165,13 +166,13 @@ def test_adapters_killed_in_the_middle_of_a_later_step_and_resumed_end_bit_equal
     killed = resume(place, 4, 3, train_again)
     name = "adapter_model.safetensors"
     assert (killed / name).read_bytes() == (adapters / name).read_bytes()
-    assert len(history(killed, "loss")) == 6 and read_steps(killed) == read_steps(adapters)
+    assert len(read_steps(adapters)) == 6 and read_steps(killed) == read_steps(adapters)
+    assert history(killed, "eval_loss")[-1] == history(adapters, "eval_loss")[-1]
 
 
 def test_the_evaluation_loss_of_a_real_model_falls_on_held_out_instructions(adapters):
     before, after = history(adapters, "eval_loss")
-    print(before, after)
-    assert after < before / 2
+    assert after < before / 4  # 2.13 and 0.16 on 2026-11-25
 
 
 # ------------------------------------------------------------------------------------- answers
