@@ -146,16 +146,15 @@ def test_all_parameters_killed_right_after_a_checkpoint_and_resumed_end_bit_equa
 
 
 # LoRA with AdamW and dropout, packed, in two micro-batches: states of the optimizer and of chance count.
-ADAPTERS = ["--train_file", "train.jsonl", "--do_eval", "--validation_file", "validation.jsonl", "--eval_on_start"]
-ADAPTERS += ["--packing", "--lora_r", "8", "--learning_rate", "2e-3", "--lora_dropout", "0.05", "--max_steps", "6"]
+ADAPTERS = ["--train_file", "train.jsonl", "--do_eval", "--validation_file", "validation.jsonl", "--packing"]
+ADAPTERS += ["--lora_r", "8", "--learning_rate", "2e-3", "--lora_dropout", "0.05", "--max_steps", "6"]
 ADAPTERS += ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "2", "--save_steps", "3"]
-ADAPTERS += ["--merge_lora"]
 
 
 @pytest.fixture(scope="module")
 def adapters(place, model) -> Path:
     """Six steps of LoRA, evaluated before and after, and merged: the folder that the run wrote."""
-    train(place, model, "adapters", *ADAPTERS)
+    train(place, model, "adapters", *ADAPTERS, "--eval_on_start", "--merge_lora")
     return place / "adapters"
 
 
@@ -194,7 +193,7 @@ CHATS = [
     [{"role": "user", "content": f"Sum up: {' '.join(row['response'] for row in make_instructions(8, 3))}"}],
     [{"role": "user", "content": "Hi"}],
 ]
-NEW_TOKENS = 32
+NEW_TOKENS = 24
 
 
 def answer_alone(folder: Path) -> list[list[int]]:
@@ -260,9 +259,8 @@ def test_merged_in_fp32_the_answers_are_those_of_the_adapters(place, model, adap
     monkeypatch.undo()
     assert answer_together(merged, place, monkeypatch) == answers
     base, adapted, whole = (compute_logits(folder, answers) for folder in (model, adapters, merged))
-    print((base - adapted).abs().max(), (adapted - whole).abs().max())
-    assert (base - adapted).abs().max() > 1
-    assert (adapted - whole).abs().max() < 1e-4
+    assert (base - adapted).abs().max() > 10  # 31 on 2026-11-25
+    assert (adapted - whole).abs().max() < 2e-4  # 7.9e-5 on 2026-11-25, of logits of some tens
 
 
 def test_merge_lora_writes_the_fp32_sum_rounded_once_to_the_type_of_the_base(adapters, merged):
