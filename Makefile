@@ -21,7 +21,7 @@ INSTRUCTIONS ?= databricks-dolly-15k.jsonl
 INSTRUCT_DATA ?= data/instruct
 
 .PHONY: demo demo-instruct demo-real
-.PHONY: test test-slow test-real test-gpu test-launchers quality style fix-copies clean
+.PHONY: test test-slow test-real test-gpu test-launchers chaos quality style fix-copies clean
 .PHONY: prep-reviews prep-instruct
 .PHONY: train-t5-small train-t5-large train-t5-11b train-llama2-7b train-llama3-8b
 .PHONY: generate summarize-products serve
@@ -73,6 +73,11 @@ test-real: $(VENV)/.dev
 
 test-gpu: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -m gpu
+
+# Runs killed at random moments and started again, compared with runs never killed; EXTRA="--only zero3 --seed 2".
+KILLS ?= 100
+chaos: $(VENV)/.dev
+	$(BIN)/python tests/chaos.py --kills $(KILLS) $(EXTRA)
 
 # Real Spark, real Ray, real MLflow with its server, two hosts in network namespaces.
 test-launchers: $(VENV)/.launchers

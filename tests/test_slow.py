@@ -88,3 +88,11 @@ def test_the_adamw_offload_config_trains_a_llama_on_two_ranks(tmp_path):
     )
     losses, rates = history(tmp_path / "out", "loss"), history(tmp_path / "out", "learning_rate")
     assert losses[-1] < losses[0] - 1 and max(rates) == rates[-1] == pytest.approx(3e-3)
+
+
+def test_forty_kills_at_random_moments_change_no_end(tmp_path):
+    run(
+        [sys.executable, ROOT / "tests/chaos.py", "--kills", "40", "--only", "summarization", "lora"],
+        cwd=tmp_path,
+        timeout=800,
+    )
