@@ -20,6 +20,7 @@ COMPANIONS = (
     "zero_adafactor.py",
     "lora.py",
     "checkpoints.py",
+    "generation_store.py",
 )
 COMPANIONS = [ROOT / name for name in COMPANIONS]
 TOOLS = sorted([*ROOT.glob("data_prep/*.py"), *ROOT.glob("tools/*.py")])

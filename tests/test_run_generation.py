@@ -411,11 +411,16 @@ def count_lines(folder: Path) -> int:
 
 
 def test_rows_of_other_arguments_are_not_mixed_in(trained, table, tmp_path):
-    store = generation_store.Store(tmp_path / "out.csv.parts", {"other": "arguments"}, 0)
+    store = generation_store.Store(script.MemoryStore(), tmp_path / "out.csv", {"num_beams": 4})
     store.open()
-    done = run_warm(*command(trained, table, tmp_path / "out.csv"), cwd=tmp_path, check=False)
+    store.add(0, [(0, "a text of four beams")])
+    done = run_warm(*command(trained, table, tmp_path / "out.csv", "--num_beams", "1"), cwd=tmp_path, check=False)
+    assert done.returncode == 2 and "another run works on it" in done.stdout
+    store.lock.close()
+    done = run_warm(*command(trained, table, tmp_path / "out.csv", "--num_beams", "1"), cwd=tmp_path, check=False)
     assert done.returncode == 2 and "Traceback" not in done.stdout
-    assert "holds the rows of a run with other arguments" in done.stdout and "remove it" in done.stdout
+    assert "holds the rows of another run: " in done.stdout and "remove it" in done.stdout
+    assert "num_beams was 4, is 1; " in done.stdout
 
 
 # ------------------------------------------------------------------------------------------------ groups
@@ -447,7 +452,7 @@ def test_a_group_is_joined_in_order_into_as_few_parts_as_fit(trained):
 
 def test_a_group_of_one_text_takes_one_round_with_the_output_of_the_text_alone(trained, tmp_path):
     generator = make_generator(trained, tmp_path, max_new_tokens=8)
-    store = generation_store.Store(tmp_path / "parts", {}, 0)
+    store = generation_store.Store(script.MemoryStore(), tmp_path / "out.csv", {})
     store.open()
     (result,) = script.summarise_groups(generator, store, {"P1": ["The lens is great."]})
     alone = generator.decode(generate_alone(generator, ["The lens is great."])[0])
