@@ -53,7 +53,7 @@ def describe_run(table, model_args, data_args, decoding: dict) -> dict:
     free = ("token", "local_rank", "cache_dir", "output_file", "input_file")
     settings = {k: v for k, v in {**vars(model_args), **vars(data_args), **decoding}.items() if k not in free}
     files = [path for path in sorted(Path(model_args.model_name_or_path).glob("[!.]*")) if path.is_file()]
-    sums, rows = "".join(f"{p.name} {sum_file(p, pieces=64)}\n" for p in files), xxhash.xxh3_128()
+    sums, rows = "".join(f"{p.name} {sum_file(p, pieces=64)}\n" for p in files).encode(), xxhash.xxh3_128()
     for batch in table.with_format("arrow").iter(1000):
         rows.update(repr(batch.to_pydict()).encode("utf-8", "surrogatepass"))
     settings |= {"the model's checksum": xxhash.xxh3_128_hexdigest(sums), "the input's": rows.hexdigest()}
