@@ -6,7 +6,7 @@
 """
 Keeps the texts that run_generation.py has finished on disk, so that a killed run goes on where it was.
 
-Optional beside run_generation.py. In the order in which a run meets them: describe_run, Store.
+Optional beside run_generation.py. In the order in which a run meets them: describe_request, Store.
 """
 
 import fcntl
@@ -48,7 +48,7 @@ def read_json(path: Path) -> dict:
     return {}
 
 
-def describe_run(table, model_args, data_args, decoding: dict) -> dict:
+def describe_request(table, model_args, data_args, decoding: dict) -> dict:
     """What a run that goes on must have in common with the one before, by name, as JSON has it."""
     free = ("token", "local_rank", "cache_dir", "output_file", "input_file")
     settings = {k: v for k, v in {**vars(model_args), **vars(data_args), **decoding}.items() if k not in free}

@@ -544,7 +544,7 @@ def make_store(table, model_args, data_args, decoding: dict):
     """generation_store.py's store of the output file, else one in memory; all ranks must call it."""
     if generation_store is None:
         return MemoryStore()
-    settings = generation_store.describe_run(table, model_args, data_args, decoding)
+    settings = generation_store.describe_request(table, model_args, data_args, decoding)
     return generation_store.Store(MemoryStore(), data_args.output_file, settings)
 
 

@@ -2,17 +2,18 @@
 """
 Kills a tool at every step of its writing, and after each kill starts it again by the same command.
 
-`kill_points.py SCRIPT OTHER WORDS...`, in a folder: WORDS are the tool's arguments; whatever it leaves must lie
+`kill_points.py SCRIPT EVERY OTHER WORDS...`, in a folder: WORDS are the tool's arguments; whatever it leaves must lie
 in made/ there. A step is a call that opens a file in made/ for writing, renames, removes or makes something there, or
-the end of main(). The n-th run kills itself (SIGKILL) at its n-th step, and of files that are written aside half is
-taken away, as if it had not been flushed. Then the command must end with 0, without a traceback, and with made/ as it
+the end of main(). A run for each EVERY-th step kills itself (SIGKILL) there, and files that are written aside lose a
+half, as if it had not been flushed. Then the command must end with 0, without a traceback, and with made/ as it
 is after a run that nobody killed. OTHER, a JSON list of words, makes it another command, which must be refused.
-Prints the number of steps.
+Prints how many kills there were.
 """
 
 import builtins
 import importlib
 import io
+import itertools
 import json
 import os
 import shutil
@@ -108,7 +109,7 @@ def tear() -> None:
 
 
 def main() -> None:
-    script, other, *words = sys.argv[1:]
+    script, every, other, *words = sys.argv[1:]
     sys.path.insert(0, str(Path(script).parent))
     module = importlib.import_module(Path(script).stem)
     begin()
@@ -121,22 +122,21 @@ def main() -> None:
     if json.loads(other):
         code, printed = start(module, words + json.loads(other))
         assert code == 2 and "Traceback" not in printed and read_times() == times and read_tree() == whole, printed
-    steps = 0
-    while True:
+    for kills in itertools.count():
         begin()
-        code, printed = start(module, words, steps + 1)
+        step = 1 + kills * int(every)
+        code, printed = start(module, words, step)
         if code != -signal.SIGKILL:
             assert code == 0 and read_tree() == whole, printed
             break
-        steps += 1
         tear()
         left = sorted(read_tree())
         code, printed = start(module, words)
-        assert code == 0 and "Traceback" not in printed, f"killed at step {steps}, which left {left}:\n{printed}"
+        assert code == 0 and "Traceback" not in printed, f"killed at step {step}, which left {left}:\n{printed}"
         after = read_tree()
         differ = sorted(n for n in {*whole, *after} if whole.get(n, 0) != after.get(n, 0))
-        assert not differ, f"killed at step {steps}, which left {left}: {differ} differ\n{printed}"
-    print(f"killed at each of {steps} steps")
+        assert not differ, f"killed at step {step}, which left {left}: {differ} differ\n{printed}"
+    print(f"{kills} kills")
 
 
 if __name__ == "__main__":

@@ -477,7 +477,7 @@ def test_a_model_is_known_by_its_content_and_an_input_by_all_its_columns(tmp_pat
         rows = {"text": ["a", "b"], "context": ["c", "d"]} | changed
         table = datasets.Dataset.from_dict(rows)
         model_args = script.GenerationModelArguments(model_name_or_path=str(tmp_path))
-        return generation_store.describe_run(table, model_args, script.GenerationDataArguments(), {})
+        return generation_store.describe_request(table, model_args, script.GenerationDataArguments(), {})
 
     (tmp_path / "model.safetensors").write_bytes(b"weights")
     first = describe()
