@@ -103,8 +103,17 @@ def write_aside(path: Path, content: dict) -> None:
     os.replace(aside, path)
 
 
+def set_modes(folder: Path, skip=()) -> None:
+    """Give files of mode 0600 the one that the umask says: safetensors leaves models that others cannot read."""
+    os.umask(umask := os.umask(0))
+    for path in (folder / name for name in list_files(folder, skip)):
+        if path.stat().st_mode & 0o777 == 0o600:
+            path.chmod(0o666 & ~umask)
+
+
 def mark_complete(folder: Path, skip=(), **more) -> None:
     """Write complete.json of the files that lie in a folder."""
+    set_modes(folder, skip)
     files = {str(p): [(folder / p).stat().st_size, hash_file(folder / p)] for p in list_files(folder, skip)}
     write_aside(folder / MARKER, {"files": files, **more})
 
@@ -209,7 +218,7 @@ def describe_content(name: str | None) -> str | None:
     if path.is_file():
         return hash_file(path, whole=False)
     files = [p for p in sorted(path.iterdir()) if p.suffix in MODEL_FILES + (".parquet", ".jsonl", ".csv")]
-    files = [p for p in files if not p.name.startswith(("training_args", "trainer_state", SETTINGS, MARKER))]
+    files = [p for p in files if not p.name.startswith((".", "training_args", "trainer_state", SETTINGS, MARKER))]
     return sum_text("".join(f"{p.name} {hash_file(p, whole=False)}\n" for p in files))
 
 
@@ -412,5 +421,7 @@ def finish(folder: Path) -> None:
     """Vouch for a finished run's files, and let the folder go."""
     if read_settings(folder) is not None:
         mark_complete(folder, skip=("checkpoint-", "runs"))
+    else:
+        set_modes(folder, skip=("checkpoint-", "runs"))
     if lock := open_locks.pop(str(folder.resolve()), None):
         lock.close()

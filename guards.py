@@ -586,11 +586,12 @@ LEAST_DECODING = {"temperature": 1e-6, "num_beams": 1, "max_new_tokens": 1, "rep
 LEAST_DECODING |= {"top_k": 0, "min_new_tokens": 0}
 
 
-def check_generation(args: argparse.Namespace, decoding: dict, problems=()) -> None:
+def check_generation(args: argparse.Namespace, decoding: dict, problems=(), knows_its_own: bool = False) -> None:
     """
     Raise everything wrong with run_generation.py's arguments as one UsageError; nothing is downloaded or loaded.
 
-    decoding: the flags of GenerationConfig that were given; problems: what the script found itself.
+    decoding: the flags of GenerationConfig that were given; problems: what the script found itself; knows_its_own:
+    whether an output that a marker lies beside is looked at later, by generation_store.py.
     """
     problems = list(problems)
     if (args.input_file is None) == (args.dataset_name is None):
@@ -599,7 +600,9 @@ def check_generation(args: argparse.Namespace, decoding: dict, problems=()) -> N
         problems.append("--output_file is missing: where the table goes")
     if args.output_file is not None and not args.output_file.lower().endswith((".csv", ".jsonl", ".parquet")):
         problems.append(f"--output_file {args.output_file}: unknown ending; known are .csv, .jsonl, .parquet")
-    if args.output_file is not None and Path(args.output_file).exists():
+    path = Path(args.output_file or ".")
+    marked = knows_its_own and (path.parent / f".{path.name}.complete.json").exists()
+    if args.output_file is not None and path.exists() and not marked:
         problems.append(f"--output_file {args.output_file}: exists and is kept; remove it first, or name another")
     for flag in ("max_source_length", "max_samples", "max_tokens_per_batch", "min_group_size"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:

@@ -189,7 +189,7 @@ def parse_generation_arguments(argv: list[str]):
     values, decoding = split_flags(args)
     problems = tables.find_problems(args, ["input_file"], find_text_column) if tables else []
     if guards:
-        guards.check_generation(args, decoding, problems)
+        guards.check_generation(args, decoding, problems, generation_store is not None)
         guards.start_ranks(args)
     return *parser.parse_dict(values), decoding
 
@@ -307,8 +307,8 @@ def to_message(turn: dict, drop_keys=()) -> dict:
     return {"content": "", **{key: text for key, text in message.items() if text}}
 
 
-def write_table(table, path: Path) -> None:
-    """Write CSV, JSONL or Parquet by the ending; under another name first, so that a kill leaves no half file."""
+def write_table(table, path: Path, vouch) -> None:
+    """Write CSV, JSONL or Parquet by the ending, under another name first; vouch(file): called when it is whole."""
     unfinished = path.with_name(f".{path.name}.unfinished")
     if path.suffix.lower() == ".csv":
         table.to_csv(unfinished, index=False)
@@ -317,6 +317,7 @@ def write_table(table, path: Path) -> None:
             stream.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in table)
     else:
         table.to_parquet(unfinished)
+    vouch(unfinished)
     os.replace(unfinished, path)
 
 
@@ -527,25 +528,24 @@ def read_zero3_config(model_args) -> dict:
 
 
 class MemoryStore:
-    """Finished rows in memory; generation_store.py's has them on disk too."""
+    """Finished rows in memory; generation_store.py's has them on disk too, and the result of a run that has ended."""
+
+    open = vouch = remove = lambda self, *arguments: None
 
     def __init__(self):
-        self.found, self.cut_off = {}, set()  # (round, row) -> text; those that --max_new_tokens ended
+        self.found, self.cut_off, self.result = {}, set(), None  # (round, row) -> text; those cut by --max_new_tokens
 
     def add(self, round_number: int, rows: list[tuple[int, str]], cut_off: list[int] = ()) -> None:
         self.found.update({(round_number, row): text for row, text in rows})
         self.cut_off.update((round_number, row) for row in cut_off)
 
-    def remove(self) -> None:
-        pass
 
-
-def open_store(table, text_column: str, model_args, data_args, decoding: dict, rank: int):
-    """generation_store.py's store of the output file, with what is finished; else one in memory. On all ranks."""
+def make_store(table, model_args, data_args, decoding: dict):
+    """generation_store.py's store of the output file, else one in memory; all ranks must call it."""
     if generation_store is None:
         return MemoryStore()
-    settings = generation_store.describe_settings(table, text_column, model_args, data_args, decoding)
-    return generation_store.open_store(f"{data_args.output_file}.parts", settings, rank)
+    settings = generation_store.describe_request(table, model_args, data_args, decoding)
+    return generation_store.Store(MemoryStore(), data_args.output_file, settings)
 
 
 def share(store) -> None:
@@ -556,11 +556,6 @@ def share(store) -> None:
         for found, cut_off in parts:
             store.found.update(found)
             store.cut_off.update(cut_off)
-
-
-def wait_for_all() -> None:
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
 
 
 # ------------------------------------------------------------------------------------------------ batches
@@ -768,6 +763,9 @@ def main(argv: list[str] | None = None) -> dict:
     text_column = find_text_column(table.column_names, data_args)
     if tables and data_args.dataset_name is not None:
         tables.check_dataset(table, f"--dataset_name {data_args.dataset_name}", [text_column])
+    store = make_store(table, model_args, data_args, decoding)
+    if store.result is not None:
+        return store.result
     generator = load_generator(model_args, data_args, decoding)
     texts = read_texts(table, text_column, generator.prompts.is_chat, data_args.drop_keys or ())
     if model_checks:
@@ -780,16 +778,17 @@ def main(argv: list[str] | None = None) -> dict:
     counts = {"rows": len(table), "written": 0, "without a text": texts.count(None)}
     if data_args.group_by is not None:
         groups, counts["groups left out"] = find_groups(table, texts, data_args)
-    store = open_store(table, text_column, model_args, data_args, decoding, rank)
+    store.open()
     if data_args.group_by is None:
         outputs, counts["cut"] = generate_round(generator, store, texts, 0, "Generating")
         result = table.add_column(data_args.output_column, outputs)
     else:
         result, counts["cut"] = make_group_table(generator, store, groups, data_args)
     counts |= {"written": len(result), ENDED: len(store.found) - len(store.cut_off), CUT_OFF: len(store.cut_off)}
-    wait_for_all()
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
     if rank == 0:
-        write_table(result, Path(data_args.output_file))
+        write_table(result, Path(data_args.output_file), partial(store.vouch, counts))
         print_counts({**counts, "seconds": round(time.perf_counter() - started, 1)})
         print(f"written: {data_args.output_file}", flush=True)
         store.remove()

@@ -26,6 +26,7 @@ from pathlib import Path
 import polars
 
 from table_files import ending, find_folder_problems, find_path_problems, refuse
+from whole_files import Output, describe_command
 
 TABLE_ENDINGS = (".csv", ".tsv", ".jsonl", ".parquet")
 
@@ -141,8 +142,18 @@ def format_classes(maps, tables, column):
     return "\n".join(lines)
 
 
+def write_encoded(folder, tables, maps):
+    """Write the tables and the maps into a folder."""
+    for name, table in tables.items():
+        table.write_parquet(folder / f"{name}.parquet")
+    (folder / "labels.json").write_text(json.dumps(maps, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def main(argv=None):
     args = parse_args(argv)
+    output = Output(args.output_dir, "encode_labels", describe_command(args, args.input_file, args.validation_file))
+    if output.is_finished():
+        return 0
     problems = check_args(args)
     tables, left_out = {}, {}
     if not problems:
@@ -159,13 +170,13 @@ def main(argv=None):
         problems.append(
             f"--input_file {args.input_file}: has {len(maps['label2id'])} labels; there must be two or more"
         )
+    if not problems:
+        try:
+            output.write(lambda folder: write_encoded(folder, tables, maps))
+        except (ValueError, OSError) as error:
+            problems.append(str(error))
     if problems:
         return refuse("encode_labels.py", problems)
-    folder = Path(args.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, table in tables.items():
-        table.write_parquet(folder / f"{name}.parquet")
-    (folder / "labels.json").write_text(json.dumps(maps, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     print(format_classes(maps, tables, args.label_column))
     for name, count in left_out.items():
         print(f"{name}: {len(tables[name])} rows written, {count} without a label left out")

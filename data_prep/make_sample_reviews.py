@@ -21,6 +21,8 @@ import random
 import sys
 from pathlib import Path
 
+from whole_files import Output, describe_command
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Constants
 
@@ -341,6 +343,10 @@ def to_tsv(rows):
 def main(argv=None):
     # 1. Arguments
     args = parse_args(argv)
+    path = Path(args.output_file)
+    output = Output(path.parent, path.name, describe_command(args))
+    if output.is_finished():
+        return
     problems = check_args(args)
     if problems:
         print("make_sample_reviews.py: error:\n" + "\n".join(f"  - {p}" for p in problems), file=sys.stderr)
@@ -349,11 +355,12 @@ def main(argv=None):
     # 2. Reviews
     rows = make_rows(args.num_reviews, args.seed)
 
-    # 3. Write: mode "x" refuses a file that appeared in the meantime, newline keeps the bytes the same everywhere.
-    path = Path(args.output_file)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "x", encoding="utf-8", newline="\n") as file:
-        file.write(to_tsv(rows))
+    # 3. Write: newline keeps the bytes the same everywhere.
+    try:
+        output.write(lambda folder: (folder / path.name).write_text(to_tsv(rows), encoding="utf-8", newline="\n"))
+    except (ValueError, OSError) as error:
+        print(f"make_sample_reviews.py: error:\n  - {error}", file=sys.stderr)
+        raise SystemExit(2) from None
 
     # 4. Report
     products = {row["product_id"] for row in rows}

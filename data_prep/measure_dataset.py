@@ -62,6 +62,7 @@ from run_clm_instruct import (
 )
 from run_summarization import KNOWN_COLUMNS, find_columns
 from table_files import find_folder_problems, read_columns, read_rows, refuse
+from whole_files import Output, describe_command
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Constants
@@ -927,9 +928,21 @@ def format_measures(measures):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def write_report(folder, measures, figures):
+    """Write report.html, measures.json and the PNGs into a folder."""
+    for name, pair in figures.items():
+        (folder / f"{name}.png").write_bytes(pair["light"])
+    (folder / "measures.json").write_text(json.dumps(measures, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / "report.html").write_text(render_report(measures, figures), encoding="utf-8")
+
+
 def main(argv=None):
     # 1. Arguments, heads of the files and the tokenizer: what can be known to be wrong is said before the work.
     args = parse_args(argv)
+    inputs = (args.train_file, args.validation_file, args.tokenizer_name or args.model_name_or_path)
+    output = Output(args.output_dir, "measure_dataset", describe_command(args, *inputs))
+    if output.is_finished():
+        return 0
     chosen, problems = choose_tasks(args)
     problems = check_args(args) + problems
     if problems:
@@ -958,12 +971,11 @@ def main(argv=None):
     fill_in_rows(measures, measured["train"], shown, path, task)
 
     # 5. Write and report
-    folder, figures = Path(args.output_dir), draw_figures(measures, lengths, WAYS)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, pair in figures.items():
-        (folder / f"{name}.png").write_bytes(pair["light"])
-    (folder / "measures.json").write_text(json.dumps(measures, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    (folder / "report.html").write_text(render_report(measures, figures), encoding="utf-8")
+    figures = draw_figures(measures, lengths, WAYS)
+    try:
+        output.write(lambda folder: write_report(folder, measures, figures))
+    except (ValueError, OSError) as error:
+        return refuse("measure_dataset.py", [str(error)])
     print(format_measures(measures))
     print(f"\n{args.output_dir}/report.html")
     return 0

@@ -26,7 +26,6 @@ A plain text, cut at blank lines into pieces of about 4,000 characters:
 import argparse
 import itertools
 import json
-import os
 import tempfile
 import time
 import unicodedata
@@ -48,6 +47,7 @@ from table_files import (
     stable_hash,
     take_sample,
 )
+from whole_files import Output, describe_command
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Constants
@@ -386,27 +386,13 @@ def split_rows(table, fraction, started):
 # Writing and reporting
 
 
-def write_pair(output_dir, tables, spool):
-    """Copy each table's rows out of `spool` under SPLIT_NAMES. A name appears when its file is whole."""
-    output_dir.mkdir(parents=True, exist_ok=True)
-    paths = [output_dir / name for name in SPLIT_NAMES]
-    partial = [output_dir / f".{name}.{os.getpid()}.partial" for name in SPLIT_NAMES]
-    try:
-        for path, table in zip(partial, tables, strict=True):
-            with open(path, "wb") as file:
-                for offset in table["offset"]:
-                    spool.seek(offset)
-                    file.write(spool.readline())
-        # Looked at again: the work took a while and another run may have finished first.
-        found = [str(path) for path in paths if os.path.lexists(path)]
-        if found:
-            raise ValueError(f"--output_dir {output_dir}: {' and '.join(found)} appeared meanwhile; name another")
-        for source, target in zip(partial, paths, strict=True):
-            os.rename(source, target)
-    finally:
-        for path in partial:
-            path.unlink(missing_ok=True)
-    return paths
+def write_pair(folder, tables, spool):
+    """Copy each table's rows out of `spool` under SPLIT_NAMES."""
+    for name, table in zip(SPLIT_NAMES, tables, strict=True):
+        with open(folder / name, "wb") as file:
+            for offset in table["offset"]:
+                spool.seek(offset)
+                file.write(spool.readline())
 
 
 def show_counts(counts, named):
@@ -429,6 +415,9 @@ def main(argv=None):
     # 1. Arguments and the heads of the files: what can be known to be wrong is said before the work.
     started = time.perf_counter()
     args = parse_args(argv)
+    output = Output(args.output_dir, "prepare_instruct", describe_command(args, *args.input_file))
+    if output.is_finished():
+        return
     chosen, problems = choose_layouts(args)
     problems = check_args(args) + problems
     if problems:
@@ -451,7 +440,7 @@ def main(argv=None):
             counts.update(validation=validation.height, train=-validation.height)
 
             # 4. Write
-            paths = write_pair(output_dir, (train, validation), spool)
+            output.write(lambda folder: write_pair(folder, (train, validation), spool))
             say(started, "written")
     except (ValueError, OSError) as error:
         if counts["read"]:
@@ -460,7 +449,7 @@ def main(argv=None):
 
     # 5. Report
     show_counts(counts, named)
-    for path in paths:
+    for path in (output_dir / name for name in SPLIT_NAMES):
         print(f"{path}  {path.stat().st_size:,} bytes")
 
 

@@ -65,6 +65,7 @@ from table_files import (
     stable_hash,
     take_sample,
 )
+from whole_files import Output, describe_command
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Constants
@@ -521,23 +522,11 @@ def split_table(table, fraction):
 # Writing and reporting
 
 
-def write_splits(paths, tables):
-    """Write the tables, CSV or Parquet. A name appears when its file is whole, and never replaces another."""
-    paths[0].parent.mkdir(parents=True, exist_ok=True)
-    partial = [path.with_name(f".{path.name}.{os.getpid()}.partial") for path in paths]
-    try:
-        for path, final, table in zip(partial, paths, tables, strict=True):
-            table = table.select(OUTPUT_COLUMNS)
-            table.write_parquet(path) if final.suffix == ".parquet" else table.write_csv(path)
-        # Looked at again: the work took a while and another run may have finished first.
-        problems = check_output(paths)
-        if problems:
-            raise ValueError(problems[0])
-        for source, target in zip(partial, paths, strict=True):
-            os.rename(source, target)
-    finally:
-        for path in partial:
-            path.unlink(missing_ok=True)
+def write_splits(folder, names, tables):
+    """Write the tables into a folder, CSV or Parquet."""
+    for name, table in zip(names, tables, strict=True):
+        table = table.select(OUTPUT_COLUMNS)
+        table.write_parquet(folder / name) if name.endswith(".parquet") else table.write_csv(folder / name)
 
 
 def format_counts(counts):
@@ -573,6 +562,9 @@ def main(argv=None):
     # 1. Arguments and the heads of the files: what can be known to be wrong is said before the work.
     started = time.perf_counter()
     args = parse_args(argv)
+    output = Output(args.output_dir, f"reviews.{args.output_format}", describe_command(args, *args.input_file))
+    if output.is_finished():
+        return
     chosen, problems = check_inputs(args.input_file, (args.body_column, args.headline_column, args.product_column))
     problems = check_args(args) + problems
     if problems:
@@ -597,7 +589,7 @@ def main(argv=None):
 
         # 4. Write
         paths = name_outputs(args)
-        write_splits(paths, (train, validation))
+        output.write(lambda folder: write_splits(folder, [path.name for path in paths], (train, validation)))
         say(started, "written")
     except (ValueError, OSError) as error:
         if counts["read"]:

@@ -37,6 +37,7 @@ import datasets
 
 from prepare_reviews import find_java_problem, start_spark
 from table_files import refuse
+from whole_files import Output, describe_command
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Spark
@@ -97,20 +98,27 @@ def check_args(args):
     return problems
 
 
+def write_parquet(args, path):
+    """Write the Spark table as one Parquet file."""
+    work_dir = Path(args.work_dir or path.parent.parent) / f".{path.name}.spark"
+    shutil.rmtree(work_dir, ignore_errors=True)  # of a run that was killed
+    dataset = to_dataset(start_spark(args.master).read.parquet(os.path.abspath(args.input_table)), work_dir)
+    dataset.to_parquet(path)
+    shutil.rmtree(work_dir)
+    print(f"{args.output_file}: {len(dataset)} rows, columns {', '.join(dataset.column_names)}")
+
+
 def main(argv=None):
     args = parse_args(argv)
+    path, inputs = Path(args.output_file).absolute(), sorted(Path(args.input_table).rglob("*.parquet"))
+    output = Output(path.parent, path.name, describe_command(args, args.input_table, *inputs))
+    if output.is_finished():
+        return
     problems = check_args(args)
     if not problems:
         try:
-            output = Path(args.output_file).absolute()
-            work_dir = Path(args.work_dir or output.parent) / f".{output.name}.{os.getpid()}"
-            dataset = to_dataset(start_spark(args.master).read.parquet(os.path.abspath(args.input_table)), work_dir)
-            unfinished = output.with_name(f".{output.name}.unfinished")
-            dataset.to_parquet(unfinished)
-            os.replace(unfinished, output)
-            shutil.rmtree(work_dir)
-            print(f"{args.output_file}: {len(dataset)} rows, columns {', '.join(dataset.column_names)}")
-        except ValueError as error:
+            output.write(lambda folder: write_parquet(args, folder / path.name))
+        except (ValueError, OSError) as error:
             problems = [str(error)]
     if problems:
         raise SystemExit(refuse("spark_dataset.py", problems))

@@ -52,7 +52,8 @@ def find_folder_problems(folder, must_be_empty=True):
         return [f"--output_dir {folder}: {nearest} is a file, not a folder; name another --output_dir"]
     if not os.access(nearest, os.W_OK):
         return [f"--output_dir {folder}: {nearest} may not be written to; name another --output_dir"]
-    if must_be_empty and nearest == folder and any(folder.iterdir()):
+    held = folder.iterdir() if must_be_empty and nearest == folder else ()
+    if not all(path.match(".*.unfinished") or path.match(".*.complete.json") for path in held):  # left by a kill
         return [f"--output_dir {folder}: not empty, nothing is overwritten; empty it or name another"]
     return []
 

@@ -76,6 +76,25 @@ def test_every_file_of_a_checkpoint_is_missed_when_it_is_gone_empty_halved_or_a_
     assert checkpoints.explain_incomplete(checkpoint) is None
 
 
+def test_a_saved_model_may_be_read_by_whom_the_umask_lets(finished, tmp_path):
+    assert (finished / "out/model.safetensors").stat().st_mode & 0o777 == 0o666 & ~read_umask()
+    assert (finished / "out/checkpoint-4/model.safetensors").stat().st_mode & 0o777 == 0o666 & ~read_umask()
+    for name, mode in {"a": 0o600, "b": 0o400, "c": 0o644}.items():
+        (tmp_path / name).write_text("x")
+        (tmp_path / name).chmod(mode)
+    old = os.umask(0o027)
+    try:
+        checkpoints.set_modes(tmp_path)
+    finally:
+        os.umask(old)
+    assert [(tmp_path / name).stat().st_mode & 0o777 for name in "abc"] == [0o640, 0o400, 0o644]
+
+
+def read_umask() -> int:
+    os.umask(umask := os.umask(0))
+    return umask
+
+
 def test_a_torn_file_shows_in_a_checkpoint_without_a_marker(tmp_path):
     folder = tmp_path / "checkpoint-1"
     folder.mkdir()

@@ -21,6 +21,7 @@ COMPANIONS = (
     "lora.py",
     "checkpoints.py",
     "rank_watch.py",
+    "generation_store.py",
 )
 COMPANIONS = [ROOT / name for name in COMPANIONS]
 TOOLS = sorted([*ROOT.glob("data_prep/*.py"), *ROOT.glob("tools/*.py")])

@@ -380,9 +380,15 @@ def test_the_flags_of_the_training_script_that_joined_models_name_this_tool(plac
 
 
 def test_a_join_that_was_killed_leaves_nothing_in_the_way(place):
-    left = place / "again.partial"
-    left.mkdir()
-    (left / "config.json").write_text("torn")
+    left = place / "again/.join_models.unfinished"
+    (left / "files").mkdir(parents=True)
+    (left / "files/config.json").write_text("torn")
     out = join(place, "bert", "gpt2", "again")
     assert not left.exists()
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    join(place, "bert", "gpt2", "again")  # finished: it is known, as long as the seed is the same
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+    words = ["--encoder_name_or_path", place / "bert", "--decoder_name_or_path", place / "gpt2", "--seed", "7"]
+    assert tool.main([str(word) for word in (*words, "--output_dir", out)]) == 2
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
     assert (out / "config.json").read_text() == (place / "bert2gpt2/config.json").read_text()

@@ -163,6 +163,20 @@ def test_no_adapter_and_a_folder_in_use_are_named_at_once_and_nothing_is_written
     assert [path.name for path in tmp_path.rglob("*")] == ["full", "mine.txt"]
 
 
+def test_a_merge_started_again_changes_nothing_and_of_another_type_it_is_refused(place, tmp_path, capsys):
+    left = tmp_path / "out/.merge_lora.unfinished/files"
+    left.mkdir(parents=True)
+    (left / "config.json").write_text("torn")  # by a kill
+    assert merge(place, "t5-lora", tmp_path / "out") == 0 and not left.exists()
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    capsys.readouterr()
+    assert merge(place, "t5-lora", tmp_path / "out") == 0
+    assert "holds what this command makes, finished: config.json, " in capsys.readouterr().out
+    assert merge(place, "t5-lora", tmp_path / "out", "--merge_dtype", "bfloat16") == 2
+    assert "not empty, nothing is overwritten" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
 @pytest.mark.parametrize(
     "change, said",
     [

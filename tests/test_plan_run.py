@@ -199,6 +199,12 @@ def test_the_fastest_that_fits_is_written_and_an_existing_file_is_kept(tmp_path,
     printed = capsys.readouterr().out
     assert "fastest that fits: ZeRO-2\n" in printed and f"--deepspeed {path} " in printed and "TFLOP a row" in printed
     assert json.loads((tmp_path / "zero.json").read_text())["zero_optimization"]["stage"] == 2
+    (tmp_path / ".zero.json.unfinished").write_text("{")  # of a run that was killed
+    before = (tmp_path / "zero.json").stat().st_mtime_ns
+    assert tool.write_file(tmp_path / "zero.json", (tmp_path / "zero.json").read_text()) == 0
+    assert (tmp_path / "zero.json").stat().st_mtime_ns == before
+    assert tool.write_file(tmp_path / "new.json", "{}") == 0 and (tmp_path / "new.json").read_text() == "{}"
+    capsys.readouterr()
     (tmp_path / "zero.json").write_text("mine")
     assert tool.main(flags) == 2
     assert "exists and is kept" in capsys.readouterr().err and (tmp_path / "zero.json").read_text() == "mine"

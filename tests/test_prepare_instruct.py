@@ -66,7 +66,7 @@ def write_table(path, rows):
 def run(files, output_dir, *flags):
     files = files if isinstance(files, list) else [files]
     prepare.main(["--input_file", *map(str, files), "--output_dir", str(output_dir), *map(str, flags)])
-    assert sorted(path.name for path in output_dir.iterdir()) == ["train.jsonl", "validation.jsonl"]
+    assert sorted(path.name for path in output_dir.glob("[!.]*")) == ["train.jsonl", "validation.jsonl"]
     return [read_output(output_dir / name) for name in ("train.jsonl", "validation.jsonl")]
 
 

@@ -26,6 +26,7 @@ from test_chat_turns import KINDS, SHAPES, make_case
 from test_clm_labels import CHAT, IM_TOKENS, QUESTIONS, make_simple
 
 SCRIPT = ROOT / "run_generation.py"
+MARKER = ".out.csv.complete.json"
 
 
 def read_csv(path: Path) -> list[dict]:
@@ -411,11 +412,98 @@ def count_lines(folder: Path) -> int:
 
 
 def test_rows_of_other_arguments_are_not_mixed_in(trained, table, tmp_path):
-    store = generation_store.Store(tmp_path / "out.csv.parts", {"other": "arguments"}, 0)
+    store = generation_store.Store(script.MemoryStore(), tmp_path / "out.csv", {"num_beams": 4})
     store.open()
-    done = run_warm(*command(trained, table, tmp_path / "out.csv"), cwd=tmp_path, check=False)
+    store.add(0, [(0, "a text of four beams")])
+    done = run_warm(*command(trained, table, tmp_path / "out.csv", "--num_beams", "1"), cwd=tmp_path, check=False)
+    assert done.returncode == 2 and "another run works on it" in done.stdout
+    store.lock.close()
+    done = run_warm(*command(trained, table, tmp_path / "out.csv", "--num_beams", "1"), cwd=tmp_path, check=False)
     assert done.returncode == 2 and "Traceback" not in done.stdout
-    assert "holds the rows of a run with other arguments" in done.stdout and "remove it" in done.stdout
+    assert "holds the rows of another run: " in done.stdout and "remove it" in done.stdout
+    assert "num_beams was 4, is 1; " in done.stdout
+
+
+def make_store(output: Path, **settings) -> generation_store.Store:
+    store = generation_store.Store(script.MemoryStore(), output, settings)
+    store.open()
+    return store
+
+
+def test_a_row_torn_in_a_letter_or_with_a_flipped_bit_is_generated_again(tmp_path):
+    rows = {(0, n): f"Gerät {n}: größer als gedacht" for n in range(4)}
+    store = make_store(tmp_path / "out.csv")
+    for (number, row), text in rows.items():
+        store.add(number, [(row, text)], [row])
+    store.stream.close()
+    store.lock.close()
+    (path,) = store.folder.glob("*.jsonl")
+    whole = path.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    assert make_store(tmp_path / "out.csv").found == rows
+    path.write_bytes(b"".join(lines[:3]) + lines[3][: lines[3].index("ä".encode()) + 1])  # half of the letter
+    again = make_store(tmp_path / "out.csv")
+    assert again.found == {key: rows[key] for key in rows if key != (0, 3)} and again.cut_off == {*again.found}
+    for bit in range(8 * len(lines[1])):
+        flipped = bytearray(whole)
+        flipped[len(lines[0]) + bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        again.found.clear()
+        again.read()
+        assert again.found.items() <= rows.items() and {(0, 0), (0, 3)} <= {*again.found}
+        # A bit that makes a line end of the last byte's takes the line behind it along.
+        assert (0, 1) not in again.found
+
+
+def test_settings_that_a_kill_tore_are_begun_again(tmp_path):
+    make_store(tmp_path / "out.csv", num_beams=4).lock.close()
+    settings = tmp_path / "out.csv.parts/settings.json"
+    settings.write_text(settings.read_text()[:9])
+    make_store(tmp_path / "out.csv", num_beams=1)
+    assert json.loads(settings.read_text()) == {"num_beams": 1}
+
+
+def test_settings_without_a_finished_row_bind_nobody(tmp_path):
+    make_store(tmp_path / "out.csv", num_beams=4).lock.close()
+    store = make_store(tmp_path / "out.csv", num_beams=1)
+    store.add(0, [(0, "text")])
+    store.lock.close()
+    with pytest.raises(script.UsageError, match="num_beams was 1, is 2; remove it"):
+        make_store(tmp_path / "out.csv", num_beams=2)
+
+
+def test_a_model_is_known_by_its_content_and_an_input_by_all_its_columns(tmp_path):
+    def describe(**changed) -> dict:
+        rows = {"text": ["a", "b"], "context": ["c", "d"]} | changed
+        table = datasets.Dataset.from_dict(rows)
+        model_args = script.GenerationModelArguments(model_name_or_path=str(tmp_path))
+        return generation_store.describe_request(table, model_args, script.GenerationDataArguments(), {})
+
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    first = describe()
+    os.utime(tmp_path / "model.safetensors", (1, 1))
+    assert describe() == first
+    assert generation_store.compare_runs(first, describe(context=["c", "e"])).startswith("the input's was ")
+    (tmp_path / "model.safetensors").write_bytes(b"weighty")
+    assert generation_store.compare_runs(first, describe()).startswith("the model's checksum was ")
+
+
+def test_two_ranks_know_their_finished_table_and_refuse_another_run(trained, table, tmp_path):
+    words = command(trained, table, tmp_path / "out.csv")
+    ranks = {"cwd": tmp_path, "ranks": 2, "check": False}
+    run_warm(*words, cwd=tmp_path)
+    (tmp_path / "out.csv").rename(tmp_path / ".out.csv.unfinished")  # as a kill before the last step leaves it
+    written = (tmp_path / ".out.csv.unfinished").read_bytes()
+    done = run_warm(*words, port=29731, **ranks)
+    assert done.returncode == 0 and done.stdout.count("holds this run's table, finished") == 1
+    assert (tmp_path / "out.csv").read_bytes() == written
+    assert [p.name for p in tmp_path.iterdir() if "out.csv" in p.name and p.name[0] == "."] == [MARKER]
+    done = run_warm(*words, "--num_beams", "3", port=29732, **ranks)
+    assert done.returncode == 2 and "num_beams was None, is 3" in done.stdout and "Traceback" not in done.stdout
+    (tmp_path / "out.csv").write_bytes(written + b"mine\n")
+    done = run_warm(*words, port=29733, **ranks)
+    assert done.returncode == 2 and "exists and is kept: not as a run left it" in done.stdout
+    assert (tmp_path / "out.csv").read_bytes() == written + b"mine\n"
 
 
 # ------------------------------------------------------------------------------------------------ groups
@@ -447,7 +535,7 @@ def test_a_group_is_joined_in_order_into_as_few_parts_as_fit(trained):
 
 def test_a_group_of_one_text_takes_one_round_with_the_output_of_the_text_alone(trained, tmp_path):
     generator = make_generator(trained, tmp_path, max_new_tokens=8)
-    store = generation_store.Store(tmp_path / "parts", {}, 0)
+    store = generation_store.Store(script.MemoryStore(), tmp_path / "out.csv", {})
     store.open()
     (result,) = script.summarise_groups(generator, store, {"P1": ["The lens is great."]})
     alone = generator.decode(generate_alone(generator, ["The lens is great."])[0])

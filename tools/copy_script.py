@@ -127,7 +127,7 @@ def copy(name, to):
     if target.exists():
         return False
     target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.with_name(f"{target.name}.partial")
+    aside = target.with_name(f".{target.name}.unfinished")
     shutil.copy(ROOT / name, aside)
     aside.replace(target)
     return True

@@ -134,9 +134,7 @@ def check_args(args):
     if args.optimizer == "zero_adafactor" and ZeroAdafactor is None:
         problems.append("--optimizer zero_adafactor: needs zero_adafactor.py in the folder above; copy it there")
     if args.output_file is not None:
-        if Path(args.output_file).exists():
-            problems.append(f"--output_file {args.output_file}: exists and is kept; remove it or name another")
-        elif not Path(args.output_file).resolve().parent.is_dir():
+        if not Path(args.output_file).resolve().parent.is_dir():
             problems.append(f"--output_file {args.output_file}: its folder does not exist; make it first")
     return problems
 
@@ -705,6 +703,19 @@ def print_peaks(predicted, measured):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def write_file(path, text):
+    """Write a file aside and rename it; another one that is there is kept. Returns the exit code."""
+    if path.exists() and (not path.is_file() or path.read_bytes() != text.encode("utf-8")):
+        print(f"error: --output_file {path}: exists and is kept; remove it or name another", file=sys.stderr)
+        return 2
+    if not path.exists():
+        aside = path.with_name(f".{path.name}.unfinished")
+        aside.write_text(text, encoding="utf-8")
+        os.replace(aside, path)
+    print(f"written: {path}")
+    return 0
+
+
 def print_plan(config, args):
     """Print tables, choice, time and command; write the DeepSpeed file. Returns the exit code."""
     started = time.perf_counter()
@@ -729,9 +740,7 @@ def print_plan(config, args):
     print(make_command(setting, checkpointing, config, args))
     ds_config = make_ds_config(setting, args.optimizer)
     if args.output_file is not None and ds_config is not None:
-        with open(args.output_file, "x", encoding="utf-8") as file:
-            file.write(json.dumps(ds_config, indent=2) + "\n")
-        print(f"written: {args.output_file}")
+        return write_file(Path(args.output_file), json.dumps(ds_config, indent=2) + "\n")
     elif args.output_file is not None:
         print(f"not written: {args.output_file}: this setting runs without DeepSpeed")
     return 0
