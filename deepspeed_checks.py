@@ -12,12 +12,14 @@ Optional beside guards.py, which calls find_problems. DeepSpeed itself is import
 import argparse
 import difflib
 import importlib.util
+import inspect
 import json
 import math
 import os
 from pathlib import Path
 from types import SimpleNamespace
 
+import torch
 from transformers import TrainingArguments
 
 # What must agree between the file and the flags (as transformers' HfTrainerDeepSpeedConfig has it): keys, flag, value.
@@ -43,6 +45,8 @@ SECTIONS = {
     "activation_checkpointing": "partition_activations contiguous_memory_optimization cpu_checkpointing "
     "number_checkpoints synchronize_checkpoint_boundary profile",
 }
+ADAM = "lr betas eps weight_decay bias_correction adam_w_mode torch_adam amsgrad fp32_optimizer_states"  # params
+NUMBERS = "lr eps weight_decay warmup_min_lr warmup_max_lr warmup_num_steps total_num_steps"
 NAMES = {bool: "true or false", int: "a whole number from 1 on", float: "a number", dict: "an object", str: "a text"}
 
 
@@ -125,7 +129,7 @@ def find_contradictions(path: str, config: dict, args: argparse.Namespace) -> li
 
 def is_number(value) -> bool:
     """Whether a value is a finite number, and fits into 64 bits if it is whole."""
-    largest = 2**63 - 1 if isinstance(value, int) else 1e300
+    largest = 2**63 - 1 if isinstance(value, int) else 1e38
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= largest
 
 
@@ -161,6 +165,7 @@ def find_file_problems(path: str, config: dict, use_cpu: bool) -> list[str]:
     if use_cpu:  # deepspeed chooses once, when it is imported
         os.environ["DS_ACCELERATOR"] = "cpu"
     from deepspeed.runtime import config as library
+    from deepspeed.runtime import lr_schedules
 
     named, values = f"--deepspeed {path}", drop_auto(config)
     models = list(library.DeepSpeedConfigModel.__subclasses__())
@@ -185,7 +190,32 @@ def find_file_problems(path: str, config: dict, use_cpu: bool) -> list[str]:
         part = part.get(name) if isinstance(part, dict) else None
         if isinstance(part, dict) and part.get("device") == "nvme" and not Path(str(part.get("nvme_path"))).is_dir():
             problems.append(f"{named}: {name}.nvme_path {part.get('nvme_path')}: there is no such folder")
+    problems += find_block_problems(named, values, library.DEEPSPEED_OPTIMIZERS, lr_schedules)
     return problems or find_library_problems(named, values, library, fields)
+
+
+def find_block_problems(named: str, values: dict, optimizers: list[str], lr_schedules) -> list[str]:
+    """Types and parameters of the optimizer and the scheduler block that there are not."""
+    problems = []
+    for block in ("optimizer", "scheduler"):
+        part = values.get(block, {})
+        kind, params = (part.get("type"), part.get("params", {})) if isinstance(part, dict) else (None, {})
+        if kind is None or not isinstance(params, dict):
+            problems += [f"{named}: {block} must have a type, and params as an object"] if block in values else []
+            continue
+        names = optimizers if block == "optimizer" else lr_schedules.VALID_LR_SCHEDULES
+        known = ADAM.split() if str(kind).lower() in ("adam", "adamw") else params
+        if block == "scheduler" and kind in names:
+            known = [*inspect.signature(getattr(lr_schedules, kind)).parameters][1:]
+        elif block == "scheduler" or str(kind).lower() not in names and not hasattr(torch.optim, str(kind)):
+            problems.append(
+                f"{named}: {block}.type {kind}: must be one of {', '.join(names)}{suggest(str(kind), names)}"
+            )
+        unknown = [key for key in params if key not in known]
+        problems += [f"{named}: no such key: {block}.params.{key}{suggest(key, known)}" for key in unknown]
+        wrong = [key for key, value in params.items() if key in NUMBERS.split() and not is_number(value)]
+        problems += [f"{named}: {block}.params.{k} is {json.dumps(params[k])}; must be a number" for k in wrong]
+    return problems
 
 
 def drop_auto(value):
@@ -203,7 +233,9 @@ def find_library_problems(named: str, values: dict, library, fields: set[str]) -
     except Exception as error:  # whatever it raises
         said = []
         for one in getattr(error, "errors", list)():
-            where, key = ".".join(map(str, one["loc"])), str(one["loc"][-1])
+            key, first = str(one["loc"][-1]), one["loc"][0]
+            section = [name for name, part in values.items() if isinstance(part, dict) and first in part][:1]
+            where = ".".join(map(str, [*section, *one["loc"]]))
             wrong = f"no such key: {where}{suggest(key, fields)}"
             words = f"{where} is {json.dumps(one['input'], default=str)}: {one['msg']}"
             said.append(f"{named}: {wrong if one['type'] == 'extra_forbidden' else words}")

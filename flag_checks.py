@@ -103,7 +103,7 @@ def find_flag_problems(parser: argparse.ArgumentParser, argv: list[str]) -> list
             continue
         action = next(iter(matches.values()))
         if not values and action.nargs in (None, "+"):
-            problems.append(f"{flag}: needs a value{describe_type(action)}")
+            problems.append(f"{flag}: needs a value,{describe_type(action)}")
         if len(values) > 1 and action.nargs in (None, "?"):
             problems.append(f"{flag} {' '.join(values)}: takes one value; put quotes around one with spaces")
         for value in values[: 1 if action.nargs != "+" else None]:

@@ -71,6 +71,15 @@ FP16_OVERFLOWS = ("t5", "mt5", "umt5", "longt5", "switch_transformers", "pix2str
 
 ENCODER = "is an encoder, which writes no text; give another, or make an encoder-decoder of it (tools/join_models.py)"
 
+# A model's shape in config.json: whole numbers from 1 on, or a list of them, one a layer; and shares.
+SHAPE = """
+num_layers num_hidden_layers n_layer num_decoder_layers encoder_layers decoder_layers num_heads num_attention_heads
+n_head encoder_attention_heads decoder_attention_heads num_key_value_heads hidden_size d_model d_kv d_ff n_embd
+intermediate_size vocab_size max_position_embeddings n_positions head_dim encoder_ffn_dim decoder_ffn_dim
+""".split()
+DROPOUTS = "dropout dropout_rate attention_dropout activation_dropout hidden_dropout_prob embd_pdrop resid_pdrop "
+DROPOUTS += "attn_pdrop attention_probs_dropout_prob hidden_dropout"
+
 # What --report_to needs, the first name being what to install.
 TRACKERS = {"mlflow": ("mlflow",), "tensorboard": ("tensorboardX", "tensorboard")}
 
@@ -183,9 +192,27 @@ def read_model_config(flag: str, name: str) -> dict | None:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{flag} {name}: config.json is not JSON: {error}") from None
-    if problems := value_checks.find_config_problems(f"{flag} {name}", config) if value_checks else []:
+    if problems := find_config_problems(f"{flag} {name}", config):
         raise UsageError("\n".join(problems))
     return config
+
+
+def find_config_problems(named: str, config) -> list[str]:
+    """What cannot be a model's in the content of a config.json, its parts' too; the library takes much in silence."""
+    if not isinstance(config, dict):
+        return [f"{named}: config.json is no JSON object but a {type(config).__name__}"]
+    if not isinstance(config.get("model_type", ""), str):
+        return [f"{named}: config.json says model_type {config['model_type']!r}; must be a name"]
+    problems = []
+    for part in [config] + [part for part in config.values() if isinstance(part, dict) and "model_type" in part]:
+        values = {name: part[name] for name in SHAPE if part.get(name) is not None}
+        each = {name: value if isinstance(value, list) else [value] for name, value in values.items()}
+        wrong = [n for n, v in each.items() if not all(type(x) is int and x >= 1 for x in v)]
+        problems += [f"{named}: config.json says {n} {values[n]!r}; must be a whole number from 1 on" for n in wrong]
+        shares = {name: part[name] for name in DROPOUTS.split() if part.get(name) is not None}
+        wrong = [name for name, value in shares.items() if not (type(value) in (int, float) and 0 <= value <= 1)]
+        problems += [f"{named}: config.json says {n} {shares[n]!r}; must be a number in 0 to 1" for n in wrong]
+    return problems
 
 
 def find_model_problems(args: argparse.Namespace) -> list[str]:

@@ -4,10 +4,10 @@
 # dependencies = ["torch>=2.8", "transformers>=5.17"]
 # ///
 """
-Whether every value is one: numbers in range, JSON of the right type, decoding, a model's shape.
+Whether every value is one: numbers in range, JSON of the right type, and decoding flags.
 
 Optional beside guards.py, which calls it; each find_* returns sentences. In the order in which a run meets them:
-find_config_problems, find_training_problems or find_decoding_problems.
+find_training_problems or find_decoding_problems.
 """
 
 import argparse
@@ -27,14 +27,18 @@ from transformers.trainer_utils import SchedulerType
 # What numbers must be: the words, the test, the flags. None, where a flag has it, is no number and passes.
 NUMBERS = (
     ("0 or more", lambda x: x >= 0, "learning_rate weight_decay warmup_steps max_grad_norm eval_delay"),
-    ("0 or more", lambda x: x >= 0, "dataloader_num_workers neftune_noise_alpha"),
+    ("0 or more", lambda x: x >= 0, "neftune_noise_alpha"),
+    ("0 to 4096", lambda x: 0 <= x <= 4096, "dataloader_num_workers preprocessing_num_workers"),
     ("1 or more", lambda x: x >= 1, "per_device_train_batch_size per_device_eval_batch_size"),
     ("1 or more", lambda x: x >= 1, "gradient_accumulation_steps eval_accumulation_steps save_total_limit"),
     ("1 or more", lambda x: x >= 1, "dataloader_prefetch_factor torch_empty_cache_steps ddp_timeout"),
     ("1 or more", lambda x: x >= 1, "generation_max_length generation_num_beams ddp_bucket_cap_mb"),
     ("above 0", lambda x: x > 0, "num_train_epochs adam_epsilon"),
-    ("above 0, and whole from 1 on", lambda x: 0 < x < 1 or x >= 1 and x == int(x), "logging_steps save_steps"),
-    ("above 0, and whole from 1 on", lambda x: 0 < x < 1 or x >= 1 and x == int(x), "eval_steps"),
+    (
+        "above 0, and whole from 1 on",
+        lambda x: 0 < x < 1 or x >= 1 and x == int(x),
+        "logging_steps save_steps eval_steps",
+    ),
     ("0 to 1, 1 left out", lambda x: 0 <= x < 1, "adam_beta1 adam_beta2 label_smoothing_factor"),
     ("-1 (by epochs) or 1 or more", lambda x: x == -1 or x >= 1, "max_steps"),
     ("0 to 2**32 - 1", lambda x: 0 <= x < 2**32, "seed data_seed"),
@@ -47,9 +51,12 @@ OBJECTS_OR_FILES = ("accelerator_config", "fsdp_config")
 # Decoding flags as NUMBERS has them; then those that are no numbers, by type.
 DECODING = (
     ("1 or more", lambda x: x >= 1 and x == int(x), "max_new_tokens num_beams num_assistant_tokens max_cache_len"),
-    ("1 or more", lambda x: x >= 1 and x == int(x), "prompt_lookup_num_tokens max_matching_ngram_size"),
+    (
+        "1 or more",
+        lambda x: x >= 1 and x == int(x),
+        "prompt_lookup_num_tokens max_matching_ngram_size prefill_chunk_size",
+    ),
     ("1 or more", lambda x: x >= 1 and x == int(x), "assistant_early_exit assistant_lookbehind target_lookbehind"),
-    ("1 or more", lambda x: x >= 1 and x == int(x), "prefill_chunk_size"),
     ("0 or more", lambda x: x >= 0 and x == int(x), "top_k min_new_tokens no_repeat_ngram_size"),
     ("0 or more", lambda x: x >= 0 and x == int(x), "encoder_no_repeat_ngram_size"),
     ("a number above 0", lambda x: x > 0, "temperature repetition_penalty encoder_repetition_penalty max_time"),
@@ -65,15 +72,6 @@ ONE_TOKEN = ("pad_token_id", "bos_token_id", "decoder_start_token_id", "forced_b
 OF_OBJECTS = "watermarking_config compile_config cache_config continuous_batching_config"
 # Methods that transformers 5 has moved to code on the hub, which these scripts do not run.
 MOVED = "low_memory penalty_alpha dola_layers diversity_penalty num_beam_groups constraints force_words_ids"
-
-# A model's shape in config.json: whole numbers from 1 on, or a list of them, one a layer; and shares.
-SHAPE = """
-num_layers num_hidden_layers n_layer num_decoder_layers encoder_layers decoder_layers num_heads num_attention_heads
-n_head encoder_attention_heads decoder_attention_heads num_key_value_heads hidden_size d_model d_kv d_ff n_embd
-intermediate_size vocab_size max_position_embeddings n_positions head_dim encoder_ffn_dim decoder_ffn_dim
-""".split()
-DROPOUTS = "dropout dropout_rate attention_dropout activation_dropout hidden_dropout_prob embd_pdrop resid_pdrop "
-DROPOUTS += "attn_pdrop attention_probs_dropout_prob hidden_dropout"
 
 # What run_summarization.py's evaluation hands out (run_clm_instruct.py has three more), ROUGE where it generates.
 METRICS = "loss runtime samples_per_second steps_per_second perplexity token_accuracy stopped gen_len".split()
@@ -108,7 +106,7 @@ def can_push(args: argparse.Namespace) -> bool:
 
 def is_number(value) -> bool:
     """Whether a value is a finite number, and fits into 64 bits if it is whole."""
-    largest = 2**63 - 1 if isinstance(value, int) else 1e300
+    largest = 2**63 - 1 if isinstance(value, int) else 1e38
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= largest
 
 
@@ -128,25 +126,12 @@ def find_range_problems(values: dict, table: tuple) -> list[str]:
     ]
 
 
-# ------------------------------------------------------------------------------------------------ models
-
-
-def find_config_problems(named: str, config) -> list[str]:
-    """What cannot be a model's in the content of a config.json, its parts' too; the library takes much in silence."""
-    if not isinstance(config, dict):
-        return [f"{named}: config.json is no JSON object but a {type(config).__name__}"]
-    if not isinstance(config.get("model_type", ""), str):
-        return [f"{named}: config.json says model_type {config['model_type']!r}; must be a name"]
-    problems = []
-    for part in [config] + [part for part in config.values() if isinstance(part, dict) and "model_type" in part]:
-        values = {name: part[name] for name in SHAPE if part.get(name) is not None}
-        each = {name: value if isinstance(value, list) else [value] for name, value in values.items()}
-        wrong = [n for n, v in each.items() if not all(is_number(x) and isinstance(x, int) and x >= 1 for x in v)]
-        problems += [f"{named}: config.json says {n} {values[n]!r}; must be a whole number from 1 on" for n in wrong]
-        shares = {name: part[name] for name in DROPOUTS.split() if part.get(name) is not None}
-        wrong = [name for name, value in shares.items() if not (is_number(value) and 0 <= value <= 1)]
-        problems += [f"{named}: config.json says {n} {shares[n]!r}; must be a number in 0 to 1" for n in wrong]
-    return problems
+def find_unusable_numbers(values: dict) -> list[str]:
+    """Numbers that are nan, infinite or of more than 64 bits, of the flags that NUMBERS does not have."""
+    known = {flag for _, _, flags in NUMBERS for flag in flags.split()}
+    numbers = {flag: x for flag, x in values.items() if isinstance(x, int | float) and not isinstance(x, bool)}
+    wrong = [flag for flag, x in numbers.items() if flag not in known and not is_number(x)]
+    return [f"--{flag} {numbers[flag]}: must be a finite number" for flag in wrong]
 
 
 def find_missing_folders(args: argparse.Namespace) -> list[str]:
@@ -163,7 +148,7 @@ def find_missing_folders(args: argparse.Namespace) -> list[str]:
 def find_training_problems(args: argparse.Namespace) -> list[str]:
     """What is wrong with the values of a training script's flags, one by one and together."""
     values = vars(args)
-    problems = find_range_problems(values, NUMBERS) + find_missing_folders(args)
+    problems = find_range_problems(values, NUMBERS) + find_unusable_numbers(values) + find_missing_folders(args)
     for flag in (*OBJECTS, *OBJECTS_OR_FILES):
         problems += find_object_problems(flag, values[flag])
     if problems:
@@ -238,7 +223,7 @@ def find_optimizer_problems(args: argparse.Namespace) -> list[str]:
 
 def find_generation_problems(args: argparse.Namespace) -> list[str]:
     """What is wrong with the values of run_generation.py's own flags."""
-    problems = find_missing_folders(args)
+    problems = find_unusable_numbers(vars(args)) + find_missing_folders(args)
     if not args.output_column.strip():
         problems.append(f"--output_column {args.output_column!r}: must be a name")
     if not 0 <= args.seed < 2**32:
@@ -276,6 +261,8 @@ def find_decoding_problems(decoding: dict, vocabulary: int | None) -> list[str]:
             said = explain_tokens(name, value, vocabulary)
         elif name in OF_OBJECTS.split() and not isinstance(value, dict):
             said = "must be a JSON object"
+        elif name == "exponential_decay_length_penalty" and [is_number(x) for x in as_list(value)] != [True, True]:
+            said = "must be a start and a factor: [8, 1.1]"
         if said:
             problems.append(f"--{name} {json.dumps(value)}: {said}")
     return problems

@@ -4,26 +4,36 @@ Bad inputs by the thousand, made of the scripts' own flags, of DeepSpeed files, 
 
     python tests/bad_inputs.py --count 2000 --seed 1
 
-Each is tried in a fork of tests/fork_server.py up to the end of the arguments' checks (--whole N: so many of those
-accepted there are run to their end, one step of a tiny model). Printed: how many were refused in a sentence, how
-many accepted and which, tracebacks, hangs, and files that were overwritten; exit code 1 if there is one of the last
-three. What is accepted need not be wrong: `--save_steps 1e9` is a good value. That list is for a person to read.
+Each is tried in a fork of this process up to the end of the arguments' checks; --whole N: so many of those accepted
+there are run to their end, one step of a tiny model, by tests/fork_server.py. Printed: how many were refused in a
+sentence, how many accepted and which, tracebacks, hangs, and files that were overwritten; exit code 1 if there is one
+of the last three. What is accepted need not be wrong: a deleted key has a default. That list is for a person to read.
 """
 
 import argparse
 import collections
 import copy
 import gzip
+import importlib
 import json
+import os
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 
 import conftest
 from conftest import ROOT, run_warm
+
+os.environ["DS_ACCELERATOR"] = "cpu"
+import deepspeed  # noqa: E402, F401  once, in the place of in each fork
+from transformers import HfArgumentParser  # noqa: E402
+
+import guards  # noqa: E402
 
 SCRIPTS = ("run_summarization.py", "run_clm_instruct.py", "run_generation.py")
 # Values of a wrong type, out of range, not finite, empty, huge and negative.
@@ -64,16 +74,7 @@ SPARED = {"help", "output_dir", "output_file", "report_to", "push_to_hub", "cach
 SPARED |= {"dataset_name", "hub_model_id", "debug", "fsdp", "local_rank", "ddp_backend"}
 HANG = 60
 
-# Ends a script where its arguments have passed: the next thing that it does is to load the data.
-STOP = """
-import sys, runpy
-sys.path.insert(0, {root!r})
-sys.argv = [{script!r}, *sys.argv[1:]]
-code = open({script!r}).read()
-for load in ("    raw = load_raw_datasets(", "    table = load_table(data_args"):
-    code = code.replace(load, "    sys.exit(0)  # accepted")
-exec(compile(code, {script!r}, "exec"), {{"__name__": "__main__", "__file__": {script!r}}})
-"""
+LOADERS = ("load_raw_datasets", "load_table")  # what a script does first when its arguments have passed
 
 
 def make_place(folder: Path) -> None:
@@ -83,16 +84,11 @@ def make_place(folder: Path) -> None:
     conftest.make_place(folder)
     shutil.copytree(ROOT / "ds_configs", folder / "ds_configs")
     (folder / "kept.txt").write_text("kept")
-    for name in SCRIPTS:
-        (folder / name).write_text(STOP.format(root=str(ROOT), script=str(ROOT / name)))
 
 
-def list_flags(folder: Path, script: str) -> list[str]:
+def list_flags(script: str) -> list[str]:
     """The names of a script's flags, from its own parser."""
-    sys.path.insert(0, str(ROOT))
-    from transformers import HfArgumentParser
-
-    module = __import__(script.removesuffix(".py"))
+    module = importlib.import_module(script.removesuffix(".py"))
     classes = getattr(module, "SUMMARIZATION_ARGUMENTS", None) or getattr(module, "INSTRUCT_ARGUMENTS", None)
     parser = HfArgumentParser(classes) if classes else module.make_parser()
     return sorted({action.dest for action in parser._actions} - SPARED)
@@ -112,7 +108,7 @@ def make_sound(script: str, folder: Path) -> dict[str, str]:
 
 def misspell(name: str, dice: random.Random) -> str:
     at = dice.randrange(1, max(2, len(name) - 1))
-    return name[:at] + dice.choice([name[at + 1 :], name[at] + name[at:], dice.choice("abcxyz") + name[at + 1 :]])
+    return name[:at] + dice.choice([name[at + 1 :], name[at] + name[at:], "q" + name[at + 1 :]])
 
 
 def change_json(content, dice: random.Random) -> str:
@@ -224,41 +220,74 @@ KINDS = (
 # ------------------------------------------------------------------------------------------------ tries
 
 
-def try_one(script: Path, flags: dict, folder: Path) -> tuple[str, str]:
+def check_arguments(script: str, words: list[str], folder: Path, output) -> int:
+    """The exit code of a fork of this process that runs a script up to the end of its arguments' checks."""
+    process = os.fork()
+    if process == 0:
+        os.chdir(folder)
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+        module = importlib.import_module(script.removesuffix(".py"))
+        for name in LOADERS:
+            setattr(module, name, lambda *args: os._exit(0))
+        try:
+            guards.run_and_exit(lambda: module.main(words))
+        except BaseException:
+            traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+    started = time.monotonic()
+    while not (ended := os.waitpid(process, os.WNOHANG))[0]:
+        if time.monotonic() - started > HANG:
+            os.kill(process, signal.SIGKILL)
+            os.waitpid(process, 0)
+            raise TimeoutError
+        time.sleep(0.01)
+    return os.waitstatus_to_exitcode(ended[1])
+
+
+def try_one(script: str, flags: dict, folder: Path, whole: bool = False) -> tuple[str, str]:
     """("refused", "accepted", "traceback", "hang" or "overwritten", the last thing printed) of a command line."""
     words = [word for name, value in flags.items() for word in ((f"--{name}", value) if name else (value,))]
     before = {path: path.read_bytes() for path in (folder / "kept.txt", folder / "work/train.csv")}
     shutil.rmtree(folder / "out", ignore_errors=True)
     (folder / "out.csv").unlink(missing_ok=True)
     try:
-        done = run_warm(script, *words, cwd=folder, check=False, timeout=HANG)
+        if whole:
+            done = run_warm(ROOT / script, *words, cwd=folder, check=False, timeout=HANG)
+            code, printed = done.returncode, done.stdout
+        else:
+            with tempfile.TemporaryFile() as output:
+                code = check_arguments(script, words, folder, output)
+                output.seek(0)
+                printed = output.read().decode("utf-8", "replace")
     except TimeoutError:
         return "hang", ""
-    lines = done.stdout.strip().splitlines() or [""]
+    lines = printed.strip().splitlines() or [""]
     if any(path.read_bytes() != content for path, content in before.items()):
         return "overwritten", lines[-1]
-    if "Traceback" in done.stdout or done.returncode not in (0, 2):
-        return "traceback", " / ".join(lines[-2:])
-    if done.returncode == 2:
-        said = [line for line in lines if line.startswith("error: ")]
-        return ("refused", said[0]) if said else ("traceback", f"exit code 2 without a sentence: {lines[-1]}")
-    return "accepted", lines[-1]
+    said = [line for line in lines if line.startswith("error: ")]
+    if code == 0:
+        return "accepted", ""
+    if "Traceback" in printed or code != 2 or not said:
+        return "traceback", f"exit code {code}: " + " / ".join(lines[-2:])
+    return "refused", said[0]
 
 
 def try_many(count: int, seed: int, folder: Path, whole: int = 0, seconds: float = float("inf")) -> dict[str, list]:
     """{outcome: [(script, kind, what was changed, what was said)]} of so many inputs, or of so many seconds."""
     dice, outcomes, started = random.Random(seed), collections.defaultdict(list), time.monotonic()
-    names = {script: list_flags(folder, script) for script in SCRIPTS}
+    names = {script: list_flags(script) for script in SCRIPTS}
     for _ in range(count):
         if time.monotonic() - started > seconds:
             break
         script, change = dice.choice(SCRIPTS), dice.choice(KINDS)
         flags = copy.copy(make_sound(script, folder))
         what = change(flags, script, folder, dice, names[script])
-        outcome, said = try_one(folder / script, flags, folder)
+        outcome, said = try_one(script, flags, folder)
         if outcome == "accepted" and whole > 0:
             whole -= 1
-            outcome, said = try_one(ROOT / script, flags, folder)
+            outcome, said = try_one(script, flags, folder, whole=True)
         outcomes[outcome].append((script, change.__name__, what, said))
     return outcomes
 
