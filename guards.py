@@ -422,6 +422,7 @@ class FiniteRun(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         self.finite += torch.isfinite(self.trainer._tr_loss)
         if control.should_save or state.global_step >= state.max_steps:
+            self.check_loss(args, state)
             weights = [getattr(p, "ds_tensor", p) for p in self.trainer.model.parameters() if p.requires_grad]
             bad = torch.stack([~torch.isfinite(weight.detach()).all() for weight in weights]).any().long()
             if self.find_extreme(bad, torch.distributed.ReduceOp.MAX):
@@ -430,13 +431,16 @@ class FiniteRun(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" not in (logs or {}):
             return
-        if not math.isfinite(logs["loss"]):
-            step = self.logged + self.find_extreme(self.finite, torch.distributed.ReduceOp.MIN) + 1
-            self.end(args, f"step {step}: the loss is no longer a finite number ({logs['loss']} at the next log)")
+        self.check_loss(args, state)
         if not math.isfinite(logs.get("grad_norm", 0.0)) and not args.fp16:  # fp16 passes over such steps
             self.end(args, f"step {state.global_step}: the gradients are no longer finite ({logs['grad_norm']})")
         self.finite.zero_()
         self.logged = state.global_step
+
+    def check_loss(self, args, state) -> None:
+        step = self.logged + self.find_extreme(self.finite, torch.distributed.ReduceOp.MIN) + 1
+        if step <= state.global_step:
+            self.end(args, f"step {step}: the loss is no longer a finite number")
 
     def find_extreme(self, number: torch.Tensor, what) -> int:
         """The largest or smallest of all ranks' numbers."""
