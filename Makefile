@@ -21,7 +21,7 @@ INSTRUCTIONS ?= databricks-dolly-15k.jsonl
 INSTRUCT_DATA ?= data/instruct
 
 .PHONY: demo demo-instruct demo-real
-.PHONY: test test-slow test-real test-gpu test-launchers chaos quality style fix-copies clean
+.PHONY: test test-slow test-real test-gpu test-launchers chaos bad-inputs quality style fix-copies clean
 .PHONY: prep-reviews prep-instruct
 .PHONY: train-t5-small train-t5-large train-t5-11b train-llama2-7b train-llama3-8b
 .PHONY: generate summarize-products serve
@@ -82,6 +82,11 @@ chaos: $(VENV)/.dev
 # Real Spark, real Ray, real MLflow with its server, two hosts in network namespaces.
 test-launchers: $(VENV)/.launchers
 	$(BIN)/python -m pytest -q -m launchers --durations=8
+
+# COUNT bad inputs, made of the scripts' own flags and files; what they end in, and which were accepted.
+COUNT ?= 2000
+bad-inputs: $(VENV)/.dev
+	HF_HUB_OFFLINE=1 $(BIN)/python tests/bad_inputs.py --count $(COUNT) $(EXTRA)
 
 quality: $(VENV)/.dev
 	$(BIN)/ruff check .

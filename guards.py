@@ -16,48 +16,42 @@ import atexit
 import importlib.util
 import json
 import logging
+import math
 import os
 import re
 import socket
 import sys
 import time
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import datasets
 import jinja2
 import torch
 import transformers
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback
 from transformers.models.auto import modeling_auto as known_models
 
-try:
+# Its own companions. Without them fewer mistakes are found early; start_run says so.
+checkpoints = rank_watch = flag_checks = value_checks = deepspeed_checks = None
+with suppress(ModuleNotFoundError):
     import checkpoints
-except ModuleNotFoundError:
-    checkpoints = None
-try:
+with suppress(ModuleNotFoundError):
     import rank_watch
-except ModuleNotFoundError:
-    rank_watch = None
+with suppress(ModuleNotFoundError):
+    import flag_checks
+with suppress(ModuleNotFoundError):
+    import value_checks
+with suppress(ModuleNotFoundError):
+    import deepspeed_checks
 
-# Flags of older versions, transformers' and ours, and what says the same today.
-REPLACED_FLAGS = {
-    "--overwrite_output_dir": "nothing is overwritten: name another --output_dir or remove the old folder",
-    "--evaluation_strategy": "use --eval_strategy",
-    "--group_by_length": "use --train_sampling_strategy group_by_length",
-    "--warmup_ratio": "use --warmup_steps with a value below 1, e.g. --warmup_steps 0.1",
-    "--logging_dir": "set the environment variable TENSORBOARD_LOGGING_DIR",
-    "--no_cuda": "use --use_cpu",
-    "--use_auth_token": "use --token, or log in with `hf auth login`",
-    "--per_gpu_train_batch_size": "use --per_device_train_batch_size",
-    "--per_gpu_eval_batch_size": "use --per_device_eval_batch_size",
-    "--encoder_name_or_path": "join the two by tools/join_models.py and give its folder as --model_name_or_path",
-    "--decoder_name_or_path": "join the two by tools/join_models.py and give its folder as --model_name_or_path",
-    "--lora_rank": "use --lora_r",
-    "--no_packing": "use --packing false",
-    "--resize_position_embeddings": "give a --max_source_length within the model's positions",
-    "--train_on_prompt": "use --assistant_only_loss false",
-    "--measure_latency": "benchmarks/latency.py times rows one by one",
+ABSENT = {
+    "checkpoints.py": "a killed run goes on only with --resume_from_checkpoint, and what differs is not said",
+    "rank_watch.py": "a rank that is stopped or killed is noticed after half an hour, or in tracebacks",
+    "flag_checks.py": "misspelt flags and values of another type end in argparse's own words, one at a time",
+    "value_checks.py": "numbers out of range, nan and inf are taken as they are",
+    "deepspeed_checks.py": "a wrong DeepSpeed file ends late, in a traceback",
 }
 
 # Columns of other kinds of data for chat models: left out, they would change what is learned.
@@ -80,14 +74,14 @@ FP16_OVERFLOWS = ("t5", "mt5", "umt5", "longt5", "switch_transformers", "pix2str
 
 ENCODER = "is an encoder, which writes no text; give another, or make an encoder-decoder of it (tools/join_models.py)"
 
-# What must agree between the DeepSpeed file and the flags: the file's keys, the flag, the trainer's field.
-DEEPSPEED_TWINS = (
-    (("train_micro_batch_size_per_gpu",), "per_device_train_batch_size"),
-    (("gradient_accumulation_steps",), "gradient_accumulation_steps"),
-    (("gradient_clipping",), "max_grad_norm"),
-    (("bf16", "enabled"), "bf16"),
-    (("fp16", "enabled"), "fp16"),
-)
+# A model's shape in config.json: whole numbers from 1 on, or a list of them, one a layer; and shares.
+SHAPE = """
+num_layers num_hidden_layers n_layer num_decoder_layers encoder_layers decoder_layers num_heads num_attention_heads
+n_head encoder_attention_heads decoder_attention_heads num_key_value_heads hidden_size d_model d_kv d_ff n_embd
+intermediate_size vocab_size max_position_embeddings n_positions head_dim encoder_ffn_dim decoder_ffn_dim
+""".split()
+DROPOUTS = "dropout dropout_rate attention_dropout activation_dropout hidden_dropout_prob embd_pdrop resid_pdrop "
+DROPOUTS += "attn_pdrop attention_probs_dropout_prob hidden_dropout"
 
 # How Python, safetensors and torch say that a disk is full, read-only or gone.
 DISK_FAULTS = ("No space left", "os error 28", "PytorchStreamWriter", "Read-only file system", "Disk quota exceeded")
@@ -110,17 +104,23 @@ def read_arguments(parser: argparse.ArgumentParser, argv: list[str]) -> list[str
     """
     The flags of a command line for `parser`, whose defaults are the values of a .json file given first.
 
-    DeepSpeed's own spelling of its flag is understood. Raises UsageError at flags of older versions, with what says
-    the same today, and at keys of the file that are no flags.
+    DeepSpeed's own spelling of its flag is understood. Raises UsageError at flags and keys of the file that are none,
+    or whose values are of another type.
     """
     argv = join_deepspeed_flags(argv)
-    replaced = [f"{a} is gone: {REPLACED_FLAGS[f]}" for a in argv if (f := a.split("=")[0]) in REPLACED_FLAGS]
-    if replaced:
-        raise UsageError("\n".join(replaced))
-    if argv and argv[0].endswith(".json"):
-        take_defaults_from_json(parser, argv[0])
-        return argv[1:]
-    return argv
+    is_file = bool(argv) and argv[0].endswith(".json")
+    parser.error = raise_usage_error
+    problems = flag_checks.find_flag_problems(parser, argv[is_file:]) if flag_checks else []
+    if is_file:
+        problems += take_defaults_from_json(parser, argv[0])
+    if problems:
+        raise UsageError("\n".join(problems))
+    return argv[is_file:]
+
+
+def raise_usage_error(message: str) -> None:
+    """In the place of argparse's error(), which prints the usage of all flags first."""
+    raise UsageError(f"{message}; --help lists all flags")
 
 
 def join_deepspeed_flags(argv: list[str]) -> list[str]:
@@ -133,18 +133,18 @@ def join_deepspeed_flags(argv: list[str]) -> list[str]:
     return ["--deepspeed" if flag == "--deepspeed_config" else flag for flag in argv]
 
 
-def take_defaults_from_json(parser: argparse.ArgumentParser, path: str) -> None:
-    """Make the values of a .json argument file the parser's defaults, so that flags after it still count."""
+def take_defaults_from_json(parser: argparse.ArgumentParser, path: str) -> list[str]:
+    """Make the values of a .json argument file the parser's defaults, so that flags after it count; or say why not."""
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: cannot be read as a JSON file of arguments: {error}") from None
-    unknown = sorted(set(values) - {action.dest for action in parser._actions})
-    if unknown:
-        raise UsageError(f"{path}: no such argument: {', '.join(unknown)}. `--help` lists all.")
+    except (OSError, ValueError, RecursionError) as error:
+        return [f"{path}: cannot be read as a JSON file of arguments: {error}"]
+    if problems := flag_checks.find_value_problems(parser, values, path) if flag_checks else []:
+        return problems
     for action in parser._actions:
         action.required = action.required and action.dest not in values
     parser.set_defaults(**values)
+    return []
 
 
 # ------------------------------------------------------------------------------------------------ checks
@@ -178,7 +178,10 @@ def check_training(args: argparse.Namespace, problems=()) -> None:
             "tokens; copy it as generation_config.json into the model's folder, where flags rule"
         )
     problems += find_model_problems(args)
-    problems += find_deepspeed_problems(args)
+    if value_checks:
+        problems += value_checks.find_training_problems(args)
+    if deepspeed_checks:
+        problems += deepspeed_checks.find_problems(args)
     problems += find_tracking_problems(args)
     if args.output_dir is not None and not audit_only and checkpoints:
         problems += checkpoints.find_problems(args)
@@ -195,9 +198,30 @@ def read_model_config(flag: str, name: str) -> dict | None:
         what = "the folder has no config.json" if folder.is_dir() else "there is no such folder"
         raise UsageError(f"{flag} {name}: {what}; give a model folder or a name on the hub")
     try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{flag} {name}: config.json is not JSON: {error}") from None
+    if problems := find_config_problems(f"{flag} {name}", config):
+        raise UsageError("\n".join(problems))
+    return config
+
+
+def find_config_problems(named: str, config) -> list[str]:
+    """What cannot be a model's in the content of a config.json, its parts' too; the library takes much in silence."""
+    if not isinstance(config, dict):
+        return [f"{named}: config.json is no JSON object but a {type(config).__name__}"]
+    if not isinstance(config.get("model_type", ""), str):
+        return [f"{named}: config.json says model_type {config['model_type']!r}; must be a name"]
+    problems = []
+    for part in [config] + [part for part in config.values() if isinstance(part, dict) and "model_type" in part]:
+        values = {name: part[name] for name in SHAPE if part.get(name) is not None}
+        each = {name: value if isinstance(value, list) else [value] for name, value in values.items()}
+        wrong = [n for n, v in each.items() if not all(type(x) is int and x >= 1 for x in v)]
+        problems += [f"{named}: config.json says {n} {values[n]!r}; must be a whole number from 1 on" for n in wrong]
+        shares = {name: part[name] for name in DROPOUTS.split() if part.get(name) is not None}
+        wrong = [name for name, value in shares.items() if not (type(value) in (int, float) and 0 <= value <= 1)]
+        problems += [f"{named}: config.json says {n} {shares[n]!r}; must be a number in 0 to 1" for n in wrong]
+    return problems
 
 
 def find_model_problems(args: argparse.Namespace) -> list[str]:
@@ -292,45 +316,6 @@ def check_causal_tokenizer(tokenizer, limit: int, positions: int, model_args) ->
         raise UsageError(f"--{flag} {getattr(model_args, flag)}: has no {lacking}")
 
 
-def find_deepspeed_problems(args: argparse.Namespace) -> list[str]:
-    """What is wrong with the DeepSpeed file, and where it contradicts a flag."""
-    path = args.deepspeed
-    if path is None:
-        return []
-    if not os.path.isfile(path):
-        return [f"--deepspeed {path}: there is no such file"]
-    try:
-        config = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        return [f"--deepspeed {path}: not JSON: {error}"]
-    if not isinstance(config, dict):
-        return [f"--deepspeed {path}: not a JSON object"]
-    problems = []
-    for keys, flag in DEEPSPEED_TWINS:
-        value = config
-        for key in keys:
-            value = value.get(key, "auto") if isinstance(value, dict) else "auto"
-        if value != "auto" and value != getattr(args, flag):
-            problems.append(
-                f"--deepspeed {path}: {'.'.join(keys)} is {json.dumps(value)} but --{flag} is {getattr(args, flag)}; "
-                f'make them equal or write "auto"'
-            )
-    if "optimizer" in config and args.optim != TrainingArguments.__dataclass_fields__["optim"].default:
-        problems.append(f"--deepspeed {path}: its optimizer block overrules --optim; remove one of the two")
-    offload = config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
-    if "optimizer" not in config and offload != "none" and config.get("zero_force_ds_cpu_optimizer", True):
-        problems.append(
-            f"--deepspeed {path}: offload_optimizer with --optim {args.optim} needs "
-            '"zero_force_ds_cpu_optimizer": false'
-        )
-    if offload == "nvme" and args.optim == "adafactor":
-        problems.append(
-            f"--deepspeed {path}: offload_optimizer on nvme swaps state as large as the weights, which Adafactor's "
-            'factors are not; there is next to none: write "device": "cpu"'
-        )
-    return problems
-
-
 def find_tracking_problems(args: argparse.Namespace) -> list[str]:
     """A tracker that is not installed, and a folder as MLflow's address."""
     names = [args.report_to] if isinstance(args.report_to, str) else args.report_to or []
@@ -395,10 +380,10 @@ def set_up_logging(training_args) -> None:
 def start_run(model_args, data_args, training_args) -> tuple[str | None, dict | None]:
     """Sets up logging, and returns the checkpoint to go on from, and the results of a run that is finished."""
     set_up_logging(training_args)
+    for name, cost in ABSENT.items():
+        if globals()[name.removesuffix(".py")] is None and training_args.process_index == 0:
+            print(f"{name} is not beside guards.py: {cost}", flush=True)
     if checkpoints is None:
-        if training_args.process_index == 0:
-            cost = "a killed run goes on only with --resume_from_checkpoint, and what differs is not said"
-            print(f"checkpoints.py is not beside guards.py: {cost}", flush=True)
         return training_args.resume_from_checkpoint, None
     try:
         return checkpoints.choose_checkpoint(model_args, data_args, training_args)
@@ -430,16 +415,67 @@ class WholeRunLoss(TrainerCallback):
             state.log_history[-1]["train_loss"] = logs["train_loss"]
 
 
+class FiniteRun(TrainerCallback):
+    """
+    Ends a run whose loss or weights are no longer finite, before a checkpoint of it is written.
+
+    A step costs one addition on the device: the trainer's sum of losses stays nan from the step on that made it so,
+    and is read where it is logged anyway. Weights are looked at where they are to be saved, on all ranks.
+    """
+
+    def __init__(self, trainer):
+        self.trainer, self.finite, self.logged = trainer, None, trainer.state.global_step
+        trainer.args.logging_nan_inf_filter = False  # it would hide the loss, at the price of reading it every step
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.finite, self.logged = torch.zeros((), dtype=torch.long, device=args.device), state.global_step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.finite += torch.isfinite(self.trainer._tr_loss)
+        if control.should_save or state.global_step >= state.max_steps:
+            self.check_loss(args, state)
+            weights = [getattr(p, "ds_tensor", p) for p in self.trainer.model.parameters() if p.requires_grad]
+            bad = torch.stack([~torch.isfinite(weight.detach()).all() for weight in weights]).any().long()
+            if self.find_extreme(bad, torch.distributed.ReduceOp.MAX):
+                self.end(args, f"step {state.global_step}: the weights are no longer finite numbers")
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" not in (logs or {}):
+            return
+        self.check_loss(args, state)
+        if not math.isfinite(logs.get("grad_norm", 0.0)) and not args.fp16:  # fp16 passes over such steps
+            self.end(args, f"step {state.global_step}: the gradients are no longer finite ({logs['grad_norm']})")
+        self.finite.zero_()
+        self.logged = state.global_step
+
+    def check_loss(self, args, state) -> None:
+        step = self.logged + self.find_extreme(self.finite, torch.distributed.ReduceOp.MIN) + 1
+        if step <= state.global_step:
+            self.end(args, f"step {step}: the loss is no longer a finite number")
+
+    def find_extreme(self, number: torch.Tensor, what) -> int:
+        """The largest or smallest of all ranks' numbers."""
+        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            torch.distributed.all_reduce(number, op=what)
+        return int(number)
+
+    def end(self, args, said: str) -> None:
+        saved = sorted(Path(args.output_dir).glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
+        kept = f"{saved[-1]} is from before" if saved else "no checkpoint was written"
+        way = f"lower --learning_rate (it is {args.learning_rate:g}) or give --warmup_steps"
+        raise UsageError(f"{said}; {kept}; {way}{', or --bf16 false' if args.bf16 else ''}; nothing was saved of it")
+
+
 def start_tracking(trainer, *arguments) -> None:
     """
-    Add WholeRunLoss and, with --report_to mlflow, begin the one run of training, evaluation and prediction.
+    Add callbacks and, with --report_to mlflow, begin the one run of training, evaluation and prediction.
 
     arguments: the script's dataclasses, logged but for the token. The trainer's callback ends the run it starts itself
     when training ends, and what is evaluated later would begin a second one (transformers 5.23). A run it finds it
     goes on with and leaves open, for write_reports.
     """
     args = trainer.args
-    own = [WholeRunLoss()]
+    own = [WholeRunLoss(), FiniteRun(trainer)]
     if checkpoints:
         own.append(checkpoints.RunFolder(args.output_dir, arguments))
     trainer.callback_handler.callbacks[1:1] = own  # after the one that decides what is due, before those that print
@@ -581,10 +617,6 @@ def explain_failure(error: Exception) -> str | None:
 
 # ------------------------------------------------------------------------------------------------ generation
 
-# The least that a decoding flag may be; below 1 stands for "above 0".
-LEAST_DECODING = {"temperature": 1e-6, "num_beams": 1, "max_new_tokens": 1, "repetition_penalty": 1e-6}
-LEAST_DECODING |= {"top_k": 0, "min_new_tokens": 0}
-
 
 def check_generation(args: argparse.Namespace, decoding: dict, problems=(), knows_its_own: bool = False) -> None:
     """
@@ -614,7 +646,12 @@ def check_generation(args: argparse.Namespace, decoding: dict, problems=(), know
             problems += find_folder_problems(f"--{flag}", getattr(args, flag))
     if args.assistant_model_name_or_path and (args.deepspeed or decoding.get("num_beams", 1) != 1):
         problems.append("--assistant_model_name_or_path: not with --deepspeed or --num_beams; leave one out")
-    problems += find_zero3_problems(args.deepspeed) + find_decoding_problems(decoding)
+    if deepspeed_checks:
+        problems += deepspeed_checks.find_zero3_problems(args)
+    if value_checks:
+        problems += value_checks.find_generation_problems(args)
+    known = value_checks.find_vocabulary(args.model_name_or_path) if value_checks else None
+    problems += find_decoding_problems(decoding, known)
     if problems:
         raise UsageError("\n".join(problems))
 
@@ -635,25 +672,9 @@ def find_folder_problems(flag: str, name: str) -> list[str]:
     return []
 
 
-def find_zero3_problems(path: str | None) -> list[str]:
-    """--deepspeed generates with partitioned weights only: stage 3."""
-    if path is None:
-        return []
-    try:
-        stage = json.loads(Path(path).read_text(encoding="utf-8")).get("zero_optimization", {}).get("stage")
-    except (OSError, ValueError, AttributeError) as error:
-        return [f"--deepspeed {path}: cannot be read as a DeepSpeed file: {error}"]
-    return [] if stage == 3 else [f"--deepspeed {path}: has stage {stage}; only stage 3 spreads a model's weights"]
-
-
-def find_decoding_problems(decoding: dict) -> list[str]:
+def find_decoding_problems(decoding: dict, vocabulary: int | None = None) -> list[str]:
     """Decoding flags outside their range, or that contradict each other, in transformers' own words."""
-    problems = []
-    for name, least in LEAST_DECODING.items():
-        value = decoding.get(name)
-        if value is not None and (isinstance(value, bool | str) or value < least):
-            problems.append(f"--{name} {value}: must be a number above {'0' if least < 1 else least - 1}")
-    if problems:
+    if problems := value_checks.find_decoding_problems(decoding, vocabulary) if value_checks else []:
         return problems
     least, most = (decoding.get(f"{end}_new_tokens") for end in ("min", "max"))
     if least and most and least > most:

@@ -32,6 +32,11 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 
+with suppress(ModuleNotFoundError):  # before the libraries are loaded: a misspelt flag is answered at once
+    import flag_checks
+
+    flag_checks.answer_unknown_flags(__name__, __file__, sys.argv[1:])
+
 import datasets
 import jinja2
 import numpy as np
@@ -318,8 +323,7 @@ def load_tokenizer(model_args, data_args):
     limit = data_args.max_seq_length or min(DEFAULT_MAX_SEQ_LENGTH, positions)
     if guards:
         guards.check_causal_tokenizer(tokenizer, limit, positions, model_args)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token  # padding is left out of the loss by position, EOS stays in it
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # padding has no loss by position, EOS keeps its
     return config, tokenizer, limit
 
 
@@ -355,9 +359,7 @@ def set_prompt_template(tokenizer, data_args, data_format: str) -> str:
         tokenizer.chat_template = PROMPT_TEMPLATES.get(name) or Path(name).read_text(encoding="utf-8")
     elif not tokenizer.chat_template:
         asked, known = data_args.prompt_template or "(not given)", ", ".join(PROMPT_TEMPLATES)
-        raise UsageError(
-            f"--prompt_template {asked}: the tokenizer has no chat template; give one of {known} or a file"
-        )
+        raise UsageError(f"--prompt_template {asked}: the tokenizer has no chat template; give one of {known}, a file")
     # transformers tokenises rendered chats without special tokens: a BOS that the tokenizer would write goes in front.
     if starts_with_bos(tokenizer):
         written = "bos_token" in tokenizer.get_chat_template()
@@ -571,8 +573,7 @@ def encode_round(todo: list, tokenizer, limit: int, assistant_only_loss: bool) -
             chats.append((row, lay_out(messages, tokenizer, tools), tools))
         except RowError as error:
             row["problem"] = str(error)
-    texts = [chat.text[:place] for _, chat, _ in chats for place in (len(chat.text), *chat.borders)]
-    encodings = iter(tokenize(texts, tokenizer))
+    encodings = iter(tokenize([c.text[:place] for _, c, _ in chats for place in (len(c.text), *c.borders)], tokenizer))
     for row, chat, tools in chats:
         whole, *heads = itertools.islice(encodings, 1 + len(chat.borders))
         ids, places = place_answers(chat, whole, heads, tokenizer)

@@ -33,6 +33,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+with suppress(ModuleNotFoundError):  # before the libraries are loaded: a misspelt flag is answered at once
+    import flag_checks
+
+    flag_checks.answer_unknown_flags(__name__, __file__, sys.argv[1:])
+
 import datasets
 import jinja2
 import numpy as np
@@ -98,8 +103,7 @@ WARPERS = {
     "eta_cutoff": (transformers.EtaLogitsWarper, 0.0),
 }
 
-DEFAULT_MAX_SOURCE_LENGTH = 1024
-DEFAULT_MAX_NEW_TOKENS = 128
+DEFAULT_MAX_SOURCE_LENGTH, DEFAULT_MAX_NEW_TOKENS = 1024, 128
 
 # Rows that are tokenised and sorted by length together.
 WINDOW = 16_384
@@ -519,9 +523,8 @@ def find_source_limit(model, tokenizer, data_args, config) -> int:
 def read_zero3_config(model_args) -> dict:
     """The DeepSpeed file with the precision of --dtype in the place of "auto"."""
     config = json.loads(Path(model_args.deepspeed).read_text(encoding="utf-8"))
-    for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
-        config[name] = {"enabled": choose_dtype(model_args) == dtype}
-    return config
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    return config | {name: {"enabled": choose_dtype(model_args) == dtype} for name, dtype in dtypes.items()}
 
 
 # ------------------------------------------------------------------------------------------------ results
@@ -568,8 +571,7 @@ class RowSampling(LogitsProcessor):
         values = {name: getattr(config, name) for name in WARPERS}
         self.warpers = [make(values[n]) for n, (make, neutral) in WARPERS.items() if values[n] not in (None, neutral)]
         # torch's CPU generator uses 32 bits of its seed: one to one in the row for a given seed.
-        seeds = [(seed * 0x9E3779B1 + row) % 2**32 for row in rows]
-        self.generators = [torch.Generator(device).manual_seed(s) for s in seeds]
+        self.generators = [torch.Generator(device).manual_seed((seed * 0x9E3779B1 + row) % 2**32) for row in rows]
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         for warp in self.warpers:
@@ -614,8 +616,7 @@ def generate_batch(generator: Generator, prompts: list[list[int]], rows: list[in
     model, config = generator.model, generator.config
     is_seq2seq = model.config.is_encoder_decoder
     side = {"padding_side": "right" if is_seq2seq else "left", "return_attention_mask": True}
-    inputs = generator.prompts.tokenizer.pad({"input_ids": prompts}, return_tensors="pt", **side)
-    inputs = dict(inputs.to(model.device))
+    inputs = generator.prompts.tokenizer.pad({"input_ids": prompts}, return_tensors="pt", **side).to(model.device)
     if samples_by_row(generator):
         config = copy.deepcopy(config)
         config.do_sample = False
@@ -737,8 +738,7 @@ def describe_generation(generator: Generator, table, text_column: str) -> str:
     settings = ", ".join(f"{k}={v}" for k, v in given.items() if not k.endswith("_token_id"))
     lines = [f"{n} is not beside this script: {WITHOUT[n]}" for n in WITHOUT if not globals()[n.removesuffix(".py")]]
     lines.append(f"{len(table)} rows, column {text_column!r}, {kind}, prompts of at most {prompts.limit} tokens")
-    dtype = str(model.dtype).removeprefix("torch.")
-    return "\n".join([*lines, f"{type(model).__name__} in {dtype} on {model.device}: {settings}"])
+    return "\n".join([*lines, f"{type(model).__name__} in {str(model.dtype)[6:]} on {model.device}: {settings}"])
 
 
 def print_counts(counts: dict) -> None:

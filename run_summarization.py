@@ -35,6 +35,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+with suppress(ModuleNotFoundError):  # before the libraries are loaded: a misspelt flag is answered at once
+    import flag_checks
+
+    flag_checks.answer_unknown_flags(__name__, __file__, sys.argv[1:])
+
 import datasets
 import numpy as np
 import regex

@@ -10,10 +10,11 @@ import pytest
 import copy_script as tool
 from conftest import ROOT, run
 
-COMPANIONS = ["checkpoints.py", "fast_batches.py", "guards.py", "model_checks.py", "reports.py", "tables.py"]
-COMPANIONS += ["rank_watch.py", "zero_adafactor.py"]
-GENERATION = ["chat_turns.py", "checkpoints.py", "generation_store.py", "guards.py", "lora.py", "model_checks.py"]
-GENERATION += ["rank_watch.py", "tables.py"]
+OF_GUARDS = ["checkpoints.py", "deepspeed_checks.py", "flag_checks.py", "rank_watch.py", "value_checks.py"]
+COMPANIONS = [*OF_GUARDS, "fast_batches.py", "guards.py", "model_checks.py", "reports.py", "tables.py"]
+COMPANIONS += ["zero_adafactor.py"]
+GENERATION = [*OF_GUARDS, "chat_turns.py", "generation_store.py", "guards.py", "lora.py", "model_checks.py"]
+GENERATION += ["tables.py"]
 GENERATION += ["tools/merge_lora.py"]
 CHAT = ["chat_turns.py", "lora.py", "tools/merge_lora.py"]
 CHAT += [f"prompt_templates/{name}.jinja" for name in ("alpaca", "chatml", "llama2")]
@@ -34,12 +35,9 @@ def list_files(folder: Path) -> list[str]:
         ("run_summarization.py", ["cpu_dropout.py", *COMPANIONS]),
         ("run_clm_instruct.py", [*COMPANIONS, *CHAT]),
         ("run_generation.py", GENERATION),
-        ("guards.py", ["checkpoints.py", "rank_watch.py"]),
+        ("guards.py", OF_GUARDS),
         ("tools/merge_lora.py", []),
-        (
-            "tools/plan_run.py",
-            ["checkpoints.py", "guards.py", "rank_watch.py", "tools/init_model.py", "zero_adafactor.py"],
-        ),
+        ("tools/plan_run.py", [*OF_GUARDS, "guards.py", "tools/init_model.py", "zero_adafactor.py"]),
     ],
 )
 def test_a_script_comes_with_what_it_uses_and_with_nothing_else(script, used, tmp_path, capsys):
@@ -78,7 +76,7 @@ def test_equal_files_stay_and_missing_ones_are_added(tmp_path, capsys):
     capsys.readouterr()
     assert copy("run_summarization.py", tmp_path) == 0
     assert {path: path.stat().st_mtime_ns for path in before} == before
-    assert capsys.readouterr().out.count(" (was there): ") == 9 and (tmp_path / "guards.py").is_file()
+    assert capsys.readouterr().out.count(" (was there): ") == len(COMPANIONS) and (tmp_path / "guards.py").is_file()
 
 
 def test_files_that_differ_are_all_named_and_nothing_is_copied(tmp_path, capsys):

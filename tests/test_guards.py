@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 from transformers import AutoModelForSeq2SeqLM
 
+import flag_checks
 import guards
 import run_summarization as script
 from conftest import ROOT, run, run_warm
@@ -191,9 +192,9 @@ def test_a_file_that_would_overrule_the_flags_of_generation_is_refused(arguments
     assert "\n" not in message
 
 
-@pytest.mark.parametrize("flag", guards.REPLACED_FLAGS)
+@pytest.mark.parametrize("flag", flag_checks.REPLACED_FLAGS)
 def test_a_flag_that_is_gone_says_what_to_do(arguments, flag):
-    assert arguments(flag, 1) == f"{flag} is gone: {guards.REPLACED_FLAGS[flag]}"
+    assert arguments(flag, 1) == f"{flag} is gone: {flag_checks.REPLACED_FLAGS[flag]}"
 
 
 def test_packing_of_a_model_that_cannot_be_packed_is_refused(monkeypatch):

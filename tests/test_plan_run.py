@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, HfArgumentParser, LlamaConfig, T5Config
 
-import guards
+import deepspeed_checks
 import plan_run as tool
 import run_clm_instruct
 import run_summarization
@@ -231,7 +231,7 @@ def test_the_command_and_its_ds_config_are_taken_by_the_training_script(setting,
         words = shlex.split(tool.make_command(setting, True, config, args))
         namespace = HfArgumentParser(arguments).parse_args(words[words.index(f"{module.__name__}.py") + 1 :])
         assert (words[0] == "deepspeed") == (namespace.deepspeed is not None)
-        assert guards.find_deepspeed_problems(namespace) + zero_adafactor.find_problems(namespace) == []
+        assert deepspeed_checks.find_problems(namespace) + zero_adafactor.find_problems(namespace) == []
 
 
 # -------------------------------------------------------------------------------------------------- bad input

@@ -14,6 +14,7 @@ import pytest
 from transformers import HfArgumentParser
 
 import dataset_size
+import deepspeed_checks
 import guards
 import init_model
 import measure_dataset
@@ -94,7 +95,7 @@ def test_every_training_command_parses_and_its_files_agree_with_its_flags(name, 
     classes, find_problems = TRAINING[name]
     parser = HfArgumentParser(classes)
     args = parser.parse_args(guards.read_arguments(parser, words))
-    assert find_problems(args) == guards.find_deepspeed_problems(args) == []
+    assert find_problems(args) == deepspeed_checks.find_problems(args) == []
 
 
 @pytest.mark.parametrize("words", find_words("run_generation.py") + find_words("spark_generate.py"))
@@ -103,7 +104,7 @@ def test_every_generation_command_parses_and_its_decoding_flags_agree(words):
     names = {name for cls in run_generation.GENERATION_ARGUMENTS for name in cls.__dataclass_fields__}
     decoding = {name: value for name, value in vars(args).items() if name not in names}
     assert guards.find_decoding_problems(decoding) == []
-    assert guards.find_zero3_problems(args.deepspeed) == []
+    assert deepspeed_checks.find_zero3_problems(args) == []
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if re.match(r"(python|torchrun [-\w ]+) run_|deepspeed ", c)])

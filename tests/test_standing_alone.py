@@ -21,6 +21,7 @@ COMPANIONS = (
     "cpu_dropout.py",
     "zero_adafactor.py",
 )
+OF_GUARDS = ("checkpoints.py", "rank_watch.py", "flag_checks.py", "value_checks.py", "deepspeed_checks.py")
 SGD = ["--do_train", "--max_steps", "12", "--logging_steps", "1", "--optim", "sgd", "--learning_rate", "0.1"]
 SGD += ["--lr_scheduler_type", "constant", "--save_strategy", "no", "--disable_tqdm", "true"]
 WAYS = {  # rows a rank, accumulation steps, DeepSpeed file: 16 rows a step
@@ -63,7 +64,7 @@ def copy(name: str, folder: Path, without: tuple = COMPANIONS) -> Path:
     """The script in a folder with its companions but for those left out."""
     folder.mkdir(exist_ok=True)
     there = [companion for companion in COMPANIONS if companion not in without]
-    for part in (name, *there, *(["checkpoints.py"] if "guards.py" in there else [])):
+    for part in (name, *there, *(OF_GUARDS if "guards.py" in there else [])):
         shutil.copy(ROOT / part, folder)
     return folder / name
 

@@ -1,0 +1,243 @@
+# Copyright 2026 The plaintune authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.8", "transformers>=5.17", "deepspeed"]
+# ///
+"""
+Whether a DeepSpeed file is one: its keys, types and values as the installed version knows them, and as the flags say.
+
+Optional beside guards.py, which calls find_problems. DeepSpeed itself is imported only where a file is given.
+"""
+
+import argparse
+import difflib
+import importlib.util
+import inspect
+import json
+import math
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from transformers import TrainingArguments
+
+# What must agree between the file and the flags (as transformers' HfTrainerDeepSpeedConfig has it): keys, flag, value.
+TWINS = (
+    ("train_micro_batch_size_per_gpu", "per_device_train_batch_size", lambda a: a.per_device_train_batch_size),
+    ("gradient_accumulation_steps", "gradient_accumulation_steps", lambda a: a.gradient_accumulation_steps),
+    ("gradient_clipping", "max_grad_norm", lambda a: a.max_grad_norm),
+    ("bf16.enabled", "bf16", lambda a: a.bf16 or a.bf16_full_eval),
+    ("fp16.enabled", "fp16", lambda a: a.fp16 or a.fp16_full_eval),
+    ("optimizer.params.lr", "learning_rate", lambda a: a.learning_rate),
+    ("optimizer.params.betas", "adam_beta1, --adam_beta2", lambda a: [a.adam_beta1, a.adam_beta2]),
+    ("optimizer.params.eps", "adam_epsilon", lambda a: a.adam_epsilon),
+    ("optimizer.params.weight_decay", "weight_decay", lambda a: a.weight_decay),
+    ("scheduler.params.warmup_max_lr", "learning_rate", lambda a: a.learning_rate),
+)
+
+# A DeepSpeed file's keys that are read elsewhere than at its start (0.19.8), whole numbers, and sections' keys.
+FURTHER_KEYS = ("autotuning", "elasticity", "sequence_parallel_size", "vocabulary_size", "compression_training")
+WHOLE = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "steps_per_print")
+SECTIONS = {
+    "optimizer": "type params legacy_fusion",
+    "scheduler": "type params",
+    "activation_checkpointing": "partition_activations contiguous_memory_optimization cpu_checkpointing "
+    "number_checkpoints synchronize_checkpoint_boundary profile",
+}
+ADAM = "lr betas eps weight_decay bias_correction adam_w_mode torch_adam amsgrad fp32_optimizer_states"  # params
+NUMBERS = "lr eps weight_decay warmup_min_lr warmup_max_lr warmup_num_steps total_num_steps"
+NAMES = {bool: "true or false", int: "a whole number from 1 on", float: "a number", dict: "an object", str: "a text"}
+
+
+def find_problems(args: argparse.Namespace) -> list[str]:
+    """What is wrong with the file that --deepspeed names, and where it contradicts a flag of a training."""
+    if args.deepspeed is None:
+        return []
+    path, config = args.deepspeed, read_file(args.deepspeed)
+    if isinstance(config, str):
+        return [f"--deepspeed {path}: {config}"]
+    return find_file_problems(path, config, args.use_cpu) or find_contradictions(path, config, args)
+
+
+def find_zero3_problems(args: argparse.Namespace) -> list[str]:
+    """The same for a generation: it spreads a model's weights, which only stage 3 does."""
+    if args.deepspeed is None:
+        return []
+    path, config = args.deepspeed, read_file(args.deepspeed)
+    if isinstance(config, str):
+        return [f"--deepspeed {path}: {config}"]
+    stage = drop_auto(config).get("zero_optimization", {})
+    stage = stage.get("stage") if isinstance(stage, dict) else None
+    wrong = [f"--deepspeed {path}: has stage {stage}; only stage 3 spreads a model's weights"] if stage != 3 else []
+    return find_file_problems(path, config, args.use_cpu) or wrong
+
+
+def read_file(path: str) -> dict | str:
+    """The content of a DeepSpeed file, or what is wrong with it."""
+    try:
+        config = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return "there is no such file"
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    except (ValueError, RecursionError) as error:
+        return f"not JSON: {error}"
+    return config if isinstance(config, dict) else "not a JSON object"
+
+
+def look_up(config: dict, keys: str):
+    """The value under keys with dots between them, "auto" where there is none."""
+    for key in keys.split("."):
+        config = config.get(key, "auto") if isinstance(config, dict) else "auto"
+    return config
+
+
+def find_contradictions(path: str, config: dict, args: argparse.Namespace) -> list[str]:
+    """Values that the file fixes and a flag says otherwise, and what of it does not go with --optim."""
+    problems, named = [], f"--deepspeed {path}"
+    pairs = [(keys, f"--{flag}", value(args)) for keys, flag, value in TWINS]
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * ranks
+    flags = "--per_device_train_batch_size x --gradient_accumulation_steps x ranks"
+    pairs.append(("train_batch_size", flags, rows))
+    if args.warmup_steps == 0 or args.warmup_steps >= 1:  # a share depends on the data
+        pairs.append(("scheduler.params.warmup_num_steps", "--warmup_steps", max(1, math.ceil(args.warmup_steps))))
+    steps = args.max_steps if args.max_steps > 0 else "not given"
+    pairs.append(("scheduler.params.total_num_steps", "--max_steps", steps))
+    for keys, flag, wanted in pairs:
+        value = look_up(config, keys)
+        if value != "auto" and value != wanted:
+            problems.append(
+                f'{named}: {keys} is {json.dumps(value)} but {flag} is {wanted}; make them equal or write "auto"'
+            )
+    if "optimizer" in config and args.optim != TrainingArguments.__dataclass_fields__["optim"].default:
+        problems.append(f"{named}: its optimizer block overrules --optim; remove one of the two")
+    offload = look_up(config, "zero_optimization.offload_optimizer.device")
+    offloaded = offload not in ("auto", "none")
+    if "optimizer" not in config and offloaded and config.get("zero_force_ds_cpu_optimizer", True):
+        problems.append(
+            f'{named}: offload_optimizer with --optim {args.optim} needs "zero_force_ds_cpu_optimizer": false'
+        )
+    if offload == "nvme" and args.optim == "adafactor":
+        problems.append(
+            f"{named}: offload_optimizer on nvme swaps state as large as the weights, which Adafactor's "
+            'factors are not; there is next to none: write "device": "cpu"'
+        )
+    return problems
+
+
+def is_number(value) -> bool:
+    """Whether a value is a finite number, and fits into 64 bits if it is whole."""
+    largest = 2**63 - 1 if isinstance(value, int) else 1e38
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= largest
+
+
+def suggest(name: str, known, mark: str = "") -> str:
+    """ ", did you mean NAME?" of the nearest name, or nothing."""
+    near = difflib.get_close_matches(name, list(known), 1, 0.7)
+    return f"; did you mean {mark}{near[0]}?" if near else ""
+
+
+class Asked(dict):
+    """A dict that remembers which keys were asked for, and with which default: those that a library knows."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.known = {}
+
+    def get(self, key, default=None):
+        self.known.setdefault(key, default)
+        return super().get(key, default)
+
+    def __contains__(self, key) -> bool:
+        self.known.setdefault(key)
+        return super().__contains__(key)
+
+    def keys(self):
+        return self
+
+
+def find_file_problems(path: str, config: dict, use_cpu: bool) -> list[str]:
+    """A DeepSpeed file's keys, types and values that the installed version does not take, in its own words."""
+    if not importlib.util.find_spec("deepspeed"):
+        return [f"--deepspeed {path}: deepspeed is not installed; `pip install deepspeed`"]
+    if use_cpu:  # deepspeed chooses once, when it is imported
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    from deepspeed.runtime import config as library
+    from deepspeed.runtime import lr_schedules
+
+    named, values = f"--deepspeed {path}", drop_auto(config)
+    models = list(library.DeepSpeedConfigModel.__subclasses__())
+    fields = {n for model in models for name, f in model.model_fields.items() for n in (name, f.alias or name)}
+    asked, problems = Asked(), []
+    library.DeepSpeedConfig._initialize_params(SimpleNamespace(), asked)
+    known = {**asked.known, **dict.fromkeys(FURTHER_KEYS)}
+    problems += [f"{named}: no such key: {key}{suggest(key, known)}" for key in config if key not in known]
+    for section, keys in SECTIONS.items():
+        if isinstance(values.get(section), dict):
+            unknown = [key for key in values[section] if key not in keys.split()]
+            problems += [f"{named}: no such key: {section}.{k}{suggest(k, keys.split())}" for k in unknown]
+    for key, value in values.items():
+        kind = int if key in WHOLE else type(known.get(key))
+        kind = dict if key in (*SECTIONS, "zero_optimization", "bf16") else kind
+        good = {float: is_number(value), int: is_number(value) and value == int(value) and value >= 1}
+        if key in known and known[key] is not None or kind in (int, dict):
+            if not good.get(kind, isinstance(value, kind)) and key not in ("pipeline", "communication_data_type"):
+                problems.append(f"{named}: {key} is {json.dumps(value)}; must be {NAMES.get(kind, kind.__name__)}")
+    for name in ("offload_param", "offload_optimizer"):
+        part = values.get("zero_optimization")
+        part = part.get(name) if isinstance(part, dict) else None
+        if isinstance(part, dict) and part.get("device") == "nvme" and not Path(str(part.get("nvme_path"))).is_dir():
+            problems.append(f"{named}: {name}.nvme_path {part.get('nvme_path')}: there is no such folder")
+    problems += find_block_problems(named, values, library.DEEPSPEED_OPTIMIZERS, lr_schedules)
+    return problems or find_library_problems(named, values, library, fields)
+
+
+def find_block_problems(named: str, values: dict, optimizers: list[str], lr_schedules) -> list[str]:
+    """Types and parameters of the optimizer and the scheduler block that there are not."""
+    problems = []
+    for block in ("optimizer", "scheduler"):
+        part = values.get(block, {})
+        kind, params = (part.get("type"), part.get("params", {})) if isinstance(part, dict) else (None, {})
+        if kind is None or not isinstance(params, dict):
+            problems += [f"{named}: {block} must have a type, and params as an object"] if block in values else []
+            continue
+        names = optimizers if block == "optimizer" else lr_schedules.VALID_LR_SCHEDULES
+        known = ADAM.split() if str(kind).lower() in ("adam", "adamw") else params
+        if block == "scheduler" and kind in names:
+            known = [*inspect.signature(getattr(lr_schedules, kind)).parameters][1:]
+        elif block == "scheduler" or str(kind).lower() not in names and not hasattr(torch.optim, str(kind)):
+            problems.append(
+                f"{named}: {block}.type {kind}: must be one of {', '.join(names)}{suggest(str(kind), names)}"
+            )
+        unknown = [key for key in params if key not in known]
+        problems += [f"{named}: no such key: {block}.params.{key}{suggest(key, known)}" for key in unknown]
+        wrong = [key for key, value in params.items() if key in NUMBERS.split() and not is_number(value)]
+        problems += [f"{named}: {block}.params.{k} is {json.dumps(params[k])}; must be a number" for k in wrong]
+    return problems
+
+
+def drop_auto(value):
+    """A DeepSpeed file's content without what the trainer fills in."""
+    if not isinstance(value, dict):
+        return value
+    return {key: drop_auto(part) for key, part in value.items() if part != "auto"}
+
+
+def find_library_problems(named: str, values: dict, library, fields: set[str]) -> list[str]:
+    """What deepspeed itself says of a file: by field where it is one of its models, else in one sentence."""
+    try:
+        library._reject_removed_config_keys(values)
+        library.DeepSpeedConfig._initialize_params(SimpleNamespace(), values)
+    except Exception as error:  # whatever it raises
+        said = []
+        for one in getattr(error, "errors", list)():
+            key, first = str(one["loc"][-1]), one["loc"][0]
+            section = [name for name, part in values.items() if isinstance(part, dict) and first in part][:1]
+            where = ".".join(map(str, [*section, *one["loc"]]))
+            wrong = f"no such key: {where}{suggest(key, fields)}"
+            words = f"{where} is {json.dumps(one['input'], default=str)}: {one['msg']}"
+            said.append(f"{named}: {wrong if one['type'] == 'extra_forbidden' else words}")
+        return said or [f"{named}: {' '.join(str(error).split()) or type(error).__name__}"]
+    return []
