@@ -248,15 +248,8 @@ def compute_logits(folder: Path, answers: list[list[int]]) -> torch.Tensor:
     return torch.cat([model(torch.tensor([prompt + answer])).logits[0] for prompt, answer in pairs])
 
 
-@pytest.fixture(scope="module")
-def merged(place, adapters) -> Path:
-    """The adapters merged in fp32, by hand, as docs/instruct.md has it."""
-    words = ["--adapter_dir", adapters, "--output_dir", place / "merged32", "--merge_dtype", "float32"]
-    assert merge_lora.main([str(word) for word in words]) == 0
-    return place / "merged32"
-
-
-def test_merged_in_fp32_the_answers_are_those_of_the_adapters(place, model, adapters, merged, monkeypatch):
+def test_merged_in_fp32_the_answers_are_those_of_the_adapters(place, model, adapters, monkeypatch):
+    merged = adapters / "merged"
     answers = answer_together(adapters, place, monkeypatch)
     monkeypatch.undo()
     assert answer_together(merged, place, monkeypatch) == answers
@@ -265,9 +258,12 @@ def test_merged_in_fp32_the_answers_are_those_of_the_adapters(place, model, adap
     assert (adapted - whole).abs().max() < 2e-4  # 7.9e-5 on 2026-11-25, of logits of some tens
 
 
-def test_merge_lora_writes_the_fp32_sum_rounded_once_to_the_type_of_the_base(adapters, merged):
-    sums, rounded = (load_file(folder / "model.safetensors") for folder in (merged, adapters / "merged"))
+def test_merged_into_bf16_it_is_the_fp32_sum_rounded_once(place, adapters):
+    words = ["--adapter_dir", adapters, "--output_dir", place / "merged16", "--merge_dtype", "bfloat16"]
+    assert merge_lora.main([str(word) for word in words]) == 0
+    sums, rounded = (load_file(folder / "model.safetensors") for folder in (adapters / "merged", place / "merged16"))
     assert sums.keys() == rounded.keys() and {t.dtype for t in rounded.values()} == {torch.bfloat16}
+    assert {t.dtype for t in sums.values()} == {torch.float32}
     assert all(torch.equal(sums[name].to(torch.bfloat16), rounded[name]) for name in sums)
 
 
