@@ -36,13 +36,13 @@ def sum_file(path: Path, pieces: int = 1 << 40) -> str:
     return digest.hexdigest()
 
 
-def write_json(path: Path, content: dict) -> None:
+def write_marker(path: Path, content: dict) -> None:
     aside = path.with_name(f".{path.name}.unfinished")
     aside.write_text(json.dumps(content, indent=1), encoding="utf-8")
     os.replace(aside, path)
 
 
-def read_json(path: Path) -> dict:
+def read_marker(path: Path) -> dict:
     with suppress(OSError, ValueError):  # there is none, or it is torn
         return json.loads(path.read_text(encoding="utf-8"))
     return {}
@@ -88,7 +88,7 @@ class Store:
         return answer[0]
 
     def find_result(self) -> tuple:
-        marker, unfinished = read_json(self.marker), self.output.with_name(f".{self.output.name}.unfinished")
+        marker, unfinished = read_marker(self.marker), self.output.with_name(f".{self.output.name}.unfinished")
         paths = [p for p in (self.output, unfinished) if p.is_file() and sum_file(p) == marker.get("checksum")]
         changed = compare_runs(marker.get("settings", {}), self.settings) if paths else "not as a run left it"
         if self.output.exists() and (changed or paths[0] != self.output):
@@ -116,11 +116,11 @@ class Store:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a dead process holds none
         except OSError:
             return None, f"--output_file {self.output}: another run works on it"
-        before = read_json(self.folder / "settings.json")
+        before = read_marker(self.folder / "settings.json")
         changed = compare_runs(before, self.settings)
         if changed and before and any(path.stat().st_size for path in self.folder.glob(PARTS)):
             return None, f"{self.folder} holds the rows of another run: {changed}; remove it, or name another output"
-        write_json(self.folder / "settings.json", self.settings)
+        write_marker(self.folder / "settings.json", self.settings)
         return None, None
 
     def sum_line(self, text: bytes) -> bytes:
@@ -141,7 +141,7 @@ class Store:
         self.remember(round_number, rows, cut_off)
 
     def vouch(self, counts: dict, unfinished: Path) -> None:
-        write_json(self.marker, {"settings": self.settings, "counts": counts, "checksum": sum_file(unfinished)})
+        write_marker(self.marker, {"settings": self.settings, "counts": counts, "checksum": sum_file(unfinished)})
 
     def remove(self) -> None:
         for path in [*self.folder.glob(PARTS), *self.folder.glob(".*"), *self.folder.glob("settings.*")]:
