@@ -327,8 +327,7 @@ def load_tokenizer(model_args, data_args):
     return config, tokenizer, limit
 
 
-# Chat templates, saved with the tokenizer so that every later generation has the prompts of the training; more are in
-# prompt_templates/. `context` is a key of ours in a user's message; elsewhere it follows the content.
+# Chat templates, saved with the tokenizer; more are in prompt_templates/. `context` is a key of ours in a user's turn.
 PROMPT_TEMPLATES = {
     # https://github.com/databrickslabs/dolly training/consts.py, with the tokenizer's EOS for its "### End"
     "dolly": r"""

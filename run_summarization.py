@@ -157,11 +157,7 @@ class DataTrainingArguments:
     ignore_pad_token_for_loss: bool = HfArg(default=True, help="Leave padding out of the loss.")
     source_prefix: str | None = HfArg(default=None, help='Text put before every source; T5 knows "summarize: ".')
     forced_bos_token: str | None = HfArg(default=None, help="First token generated: mBART's target language.")
-    rouge_language: str = HfArg(
-        default="en",
-        help="Language ROUGE counts words in: `en` stems as rouge_score does and knows only ASCII; any other code "
-        "counts Unicode words, and single letters of unspaced scripts (Japanese, Chinese, Thai).",
-    )
+    rouge_language: str = HfArg(default="en", help="en: ROUGE as rouge_score has it, ASCII only; else Unicode words.")
 
     def __post_init__(self):
         if self.val_max_target_length is None:
