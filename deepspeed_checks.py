@@ -46,7 +46,7 @@ SECTIONS = {
     "number_checkpoints synchronize_checkpoint_boundary profile",
 }
 ADAM = "lr betas eps weight_decay bias_correction adam_w_mode torch_adam amsgrad fp32_optimizer_states"  # params
-NUMBERS = "lr eps weight_decay warmup_min_lr warmup_max_lr warmup_num_steps total_num_steps"
+NUMERIC = "lr eps weight_decay warmup_min_lr warmup_max_lr warmup_num_steps total_num_steps"
 NAMES = {bool: "true or false", int: "a whole number from 1 on", float: "a number", dict: "an object", str: "a text"}
 
 
@@ -213,7 +213,7 @@ def find_block_problems(named: str, values: dict, optimizers: list[str], lr_sche
             )
         unknown = [key for key in params if key not in known]
         problems += [f"{named}: no such key: {block}.params.{key}{suggest(key, known)}" for key in unknown]
-        wrong = [key for key, value in params.items() if key in NUMBERS.split() and not is_number(value)]
+        wrong = [key for key, value in params.items() if key in NUMERIC.split() and not is_number(value)]
         problems += [f"{named}: {block}.params.{k} is {json.dumps(params[k])}; must be a number" for k in wrong]
     return problems
 

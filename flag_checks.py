@@ -41,8 +41,8 @@ REPLACED_FLAGS = {
 MOST_SENTENCES = 5
 
 # Flags that hold a JSON object: in a file of arguments it may be one.
-OBJECTS = "lr_scheduler_kwargs activation_checkpointing_kwargs gradient_checkpointing_kwargs accelerator_config "
-OBJECTS += "fsdp_config liger_kernel_config"
+JSON_FLAGS = "lr_scheduler_kwargs activation_checkpointing_kwargs gradient_checkpointing_kwargs accelerator_config "
+JSON_FLAGS += "fsdp_config liger_kernel_config"
 
 
 def suggest(name: str, known, mark: str = "") -> str:
@@ -130,7 +130,7 @@ def fits(action: argparse.Action, value) -> bool:
     if isinstance(value, list):
         return action.nargs == "+" and all(isinstance(item, str) and fits(action, item) for item in value)
     if isinstance(value, dict):
-        return action.dest in OBJECTS.split()
+        return action.dest in JSON_FLAGS.split()
     if isinstance(value, bool):
         return name == "string_to_bool" or kind is None
     return kind is float or kind is int and isinstance(value, int)

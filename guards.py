@@ -46,7 +46,7 @@ with suppress(ModuleNotFoundError):
 with suppress(ModuleNotFoundError):
     import deepspeed_checks
 
-ABSENT = {
+COSTS = {
     "checkpoints.py": "a killed run goes on only with --resume_from_checkpoint, and what differs is not said",
     "rank_watch.py": "a rank that is stopped or killed is noticed after half an hour, or in tracebacks",
     "flag_checks.py": "misspelt flags and values of another type end in argparse's own words, one at a time",
@@ -380,7 +380,7 @@ def set_up_logging(training_args) -> None:
 def start_run(model_args, data_args, training_args) -> tuple[str | None, dict | None]:
     """Sets up logging, and returns the checkpoint to go on from, and the results of a run that is finished."""
     set_up_logging(training_args)
-    for name, cost in ABSENT.items():
+    for name, cost in COSTS.items():
         if globals()[name.removesuffix(".py")] is None and training_args.process_index == 0:
             print(f"{name} is not beside guards.py: {cost}", flush=True)
     if checkpoints is None:
@@ -674,7 +674,7 @@ def find_folder_problems(flag: str, name: str) -> list[str]:
 
 def find_decoding_problems(decoding: dict, vocabulary: int | None = None) -> list[str]:
     """Decoding flags outside their range, or that contradict each other, in transformers' own words."""
-    if problems := value_checks.find_decoding_problems(decoding, vocabulary) if value_checks else []:
+    if problems := value_checks.find_wrong_decoding(decoding, vocabulary) if value_checks else []:
         return problems
     least, most = (decoding.get(f"{end}_new_tokens") for end in ("min", "max"))
     if least and most and least > most:

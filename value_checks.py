@@ -7,7 +7,7 @@
 Whether every value is one: numbers in range, JSON of the right type, and decoding flags.
 
 Optional beside guards.py, which calls it; each find_* returns sentences. In the order in which a run meets them:
-find_training_problems or find_decoding_problems.
+find_training_problems or find_wrong_decoding.
 """
 
 import argparse
@@ -241,7 +241,7 @@ def find_vocabulary(name: str) -> int | None:
         return None
 
 
-def find_decoding_problems(decoding: dict, vocabulary: int | None) -> list[str]:
+def find_wrong_decoding(decoding: dict, vocabulary: int | None) -> list[str]:
     """Decoding flags out of range or of another type, and tokens beyond the vocabulary, where its size is known."""
     values = dict.fromkeys(name for _, _, flags in DECODING for name in flags.split()) | decoding
     problems = find_range_problems(values, DECODING)

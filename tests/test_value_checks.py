@@ -6,8 +6,10 @@ import re
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
+import torch
 from transformers import HfArgumentParser
 
 import deepspeed_checks
@@ -234,9 +236,42 @@ def test_a_run_whose_loss_is_no_longer_finite_ends_and_says_where_and_keeps_what
     words += ["--save_strategy", "no", "--lr_scheduler_type", "constant", "--output_dir", "out"]
     done = run_warm(ROOT / "run_summarization.py", *words, cwd=tmp_path, check=False)
     assert done.returncode == 2 and "Traceback" not in done.stdout
-    assert "error: step 2: the loss is no longer a finite number" in done.stdout
+    assert re.search(r"error: step [2-6]: the loss is no longer a finite number", done.stdout)
     assert "lower --learning_rate (it is 1e+30)" in done.stdout
     assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("bad, logged", [(5, 8), (3, 4), (1, 8)])
+def test_the_step_at_which_the_loss_was_lost_is_named_whatever_the_logging(tmp_path, bad, logged):
+    args = SimpleNamespace(device="cpu", fp16=False, bf16=True, learning_rate=1.0, output_dir=tmp_path)
+    state = SimpleNamespace(global_step=0, max_steps=100)
+    trainer = SimpleNamespace(args=args, state=state, _tr_loss=torch.tensor(0.0), model=torch.nn.Linear(2, 2))
+    watch, control = guards.FiniteRun(trainer), SimpleNamespace(should_save=False)
+    assert args.logging_nan_inf_filter is False
+    watch.on_train_begin(args, state, control)
+    with pytest.raises(guards.UsageError, match=f"^step {bad}: the loss is no longer a finite number; .*--bf16 false"):
+        for state.global_step in range(1, 10):
+            trainer._tr_loss += float("nan") if state.global_step == bad else 1.0
+            watch.on_step_end(args, state, control)
+            if state.global_step in (2, logged):  # as the trainer does: the sum begins anew
+                trainer._tr_loss = trainer._tr_loss if bad <= state.global_step else torch.tensor(0.0)
+                watch.on_log(args, state, control, {"loss": 1.0})
+    assert state.global_step == (2 if bad <= 2 else logged)
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    args = SimpleNamespace(device="cpu", fp16=False, bf16=False, learning_rate=1.0, output_dir=tmp_path)
+    (tmp_path / "checkpoint-4").mkdir()
+    state = SimpleNamespace(global_step=6, max_steps=100)
+    trainer = SimpleNamespace(args=args, state=state, _tr_loss=torch.tensor(0.0), model=torch.nn.Linear(2, 2))
+    watch, control = guards.FiniteRun(trainer), SimpleNamespace(should_save=True)
+    watch.on_train_begin(args, state, control)
+    state.global_step = 7
+    watch.on_step_end(args, state, control)
+    torch.nn.init.constant_(trainer.model.weight, float("inf"))
+    state.global_step = 8
+    with pytest.raises(guards.UsageError, match="^step 8: the weights are no longer .*checkpoint-4 is from before"):
+        watch.on_step_end(args, state, control)
 
 
 # ------------------------------------------------------------------------------------------------ by the thousand
