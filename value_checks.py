@@ -77,7 +77,7 @@ MOVED = "low_memory penalty_alpha dola_layers diversity_penalty num_beam_groups 
 METRICS = "loss runtime samples_per_second steps_per_second perplexity token_accuracy stopped gen_len".split()
 METRICS += ["rouge1", "rouge2", "rougeL", "rougeLsum"]
 
-# What ends in a traceback, at the start or after the training (5.23, each tried): flag, when, and why.
+# What ends in a traceback, or cannot do what it says (5.23): flag, when, and why.
 UNWORKABLE = (
     ("eval_do_concat_batches false", lambda a: is_scored(a) and not a.eval_do_concat_batches, "ROUGE needs all"),
     ("prediction_loss_only", lambda a: is_scored(a) and a.prediction_loss_only, "leaves ROUGE without texts"),
