@@ -339,7 +339,7 @@ def test_a_type_that_is_not_trained_is_refused_by_its_name_with_the_reason(name,
 
 
 def test_every_type_of_the_library_is_tested_or_refused():
-    kinds = set(guards.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES) | {"mt5"}
+    kinds = set(guards.known_models.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES) | {"mt5"}
     assert kinds - {"encoder-decoder"} == {*TYPES, *guards.NOT_TRAINED}  # the joined pairs of test_join_models.py
     assert not set(TYPES) & set(guards.NOT_TRAINED)
 
