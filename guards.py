@@ -22,6 +22,7 @@ import socket
 import sys
 import time
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import datasets
@@ -31,10 +32,17 @@ import transformers
 from transformers import TrainerCallback, TrainingArguments
 from transformers.models.auto import modeling_auto as known_models
 
-try:
+checkpoints = portable_checkpoints = None
+with suppress(ModuleNotFoundError):
     import checkpoints
-except ModuleNotFoundError:
-    checkpoints = None
+with suppress(ModuleNotFoundError):
+    import portable_checkpoints
+
+ABSENT = {
+    "checkpoints.py": "a killed run goes on only with --resume_from_checkpoint, and what differs is not said",
+    "portable_checkpoints.py": "a run goes on only with the ranks and the ZeRO stage of its checkpoint, and loading "
+    "one of DeepSpeed's can run code",
+}
 
 # Flags of older versions, transformers' and ours, and what says the same today.
 REPLACED_FLAGS = {
@@ -162,6 +170,8 @@ def check_training(args: argparse.Namespace, problems=()) -> None:
         value = getattr(args, flag, None)
         if value is not None and value < least:
             problems.append(f"--{flag} {value}: must be {least} or more")
+    if getattr(args, "hub_token", None) is not None:
+        problems.append("--hub_token: would lie readable in training_args.bin; log in with `hf auth login` instead")
     if args.generation_config is not None:  # the trainer puts it in the place of all that flags and template said
         problems.append(
             f"--generation_config {args.generation_config}: would overrule the flags' lengths and beams and the stop "
@@ -332,8 +342,8 @@ def find_tracking_problems(args: argparse.Namespace) -> list[str]:
     uri = os.environ.get("MLFLOW_TRACKING_URI", "")
     if "mlflow" in names and uri.startswith(("file:", "/", ".")) and not os.environ.get("MLFLOW_ALLOW_FILE_STORE"):
         problems.append(
-            f"MLFLOW_TRACKING_URI={uri}: MLflow 3 no longer writes into a folder; give sqlite:///mlflow.db, "
-            "a server's URL, or leave it out"
+            f"MLFLOW_TRACKING_URI={hide_secrets(uri)}: MLflow 3 no longer writes into a folder; give "
+            "sqlite:///mlflow.db, a server's URL, or leave it out"
         )
     return problems
 
@@ -383,10 +393,10 @@ def set_up_logging(training_args) -> None:
 def start_run(model_args, data_args, training_args) -> tuple[str | None, dict | None]:
     """Sets up logging, and returns the checkpoint to go on from, and the results of a run that is finished."""
     set_up_logging(training_args)
+    for name, cost in ABSENT.items():
+        if globals()[name.removesuffix(".py")] is None and training_args.process_index == 0:
+            print(f"{name} is not beside guards.py: {cost}", flush=True)
     if checkpoints is None:
-        if training_args.process_index == 0:
-            cost = "a killed run goes on only with --resume_from_checkpoint, and what differs is not said"
-            print(f"checkpoints.py is not beside guards.py: {cost}", flush=True)
         return training_args.resume_from_checkpoint, None
     try:
         return checkpoints.choose_checkpoint(model_args, data_args, training_args)
@@ -430,6 +440,8 @@ def start_tracking(trainer, *arguments) -> None:
     own = [WholeRunLoss()]
     if checkpoints:
         own.append(checkpoints.RunFolder(args.output_dir, arguments))
+    if portable_checkpoints:
+        portable_checkpoints.follow(trainer, UsageError)
     trainer.callback_handler.callbacks[1:1] = own  # after the one that decides what is due, before those that print
     hide_tied_weights(trainer.model)
     if "mlflow" not in args.report_to or not trainer.is_world_process_zero():
@@ -447,7 +459,14 @@ def start_tracking(trainer, *arguments) -> None:
     mlflow.log_params(given, synchronous=False)
     if isinstance(args.deepspeed, str):
         mlflow.log_artifact(args.deepspeed)
-    print(f"MLflow run {run.info.run_name} ({run.info.run_id}) in {mlflow.get_tracking_uri()}", flush=True)
+    print(
+        f"MLflow run {run.info.run_name} ({run.info.run_id}) in {hide_secrets(mlflow.get_tracking_uri())}", flush=True
+    )
+
+
+def hide_secrets(uri: str) -> str:
+    """An address without user, password and what follows the path."""
+    return re.sub(r"(?<=//)[^/]*@", "", uri).split("?")[0]
 
 
 def hide_tied_weights(model) -> None:

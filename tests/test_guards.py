@@ -299,3 +299,14 @@ def test_only_tied_weights_that_a_checkpoint_lacks_go_unsaid(work, monkeypatch):
     said = [line.format(["shared.weight"]), line.format(["lm_head.weight", "decoder.final_layer_norm.weight"]), "else"]
     logged = [line.format(["encoder.embed_tokens.weight", "lm_head.weight"]), *said]
     assert [text for text in logged if logger.filter(logging.makeLogRecord({"msg": text}))] == said
+
+
+def test_no_secret_is_kept_or_shown(work, tmp_path):
+    words = ["--model_name_or_path", work / "tiny-t5", "--do_train", "--train_file", work / "train.csv"]
+    words += ["--output_dir", tmp_path / "out", "--hub_token", "hf_secret"]
+    with pytest.raises(guards.UsageError, match="--hub_token: would lie readable") as refused:
+        script.main([str(word) for word in words])
+    assert "hf_secret" not in str(refused.value)
+    for address in ("https://me:pass@host/x", "https://pass@host/x?password=pass", "https://host/x"):
+        assert guards.hide_secrets(address) == "https://host/x"
+    assert guards.hide_secrets("sqlite:///mlflow.db") == "sqlite:///mlflow.db"

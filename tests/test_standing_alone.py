@@ -63,7 +63,7 @@ def copy(name: str, folder: Path, without: tuple = COMPANIONS) -> Path:
     """The script in a folder with its companions but for those left out."""
     folder.mkdir(exist_ok=True)
     there = [companion for companion in COMPANIONS if companion not in without]
-    for part in (name, *there, *(["checkpoints.py"] if "guards.py" in there else [])):
+    for part in (name, *there, *(["checkpoints.py", "portable_checkpoints.py"] if "guards.py" in there else [])):
         shutil.copy(ROOT / part, folder)
     return folder / name
 
