@@ -38,7 +38,7 @@ with suppress(ModuleNotFoundError):
 with suppress(ModuleNotFoundError):
     import portable_checkpoints
 
-ABSENT = {
+NOT_BESIDE = {
     "checkpoints.py": "a killed run goes on only with --resume_from_checkpoint, and what differs is not said",
     "portable_checkpoints.py": "a run goes on only with the ranks and the ZeRO stage of its checkpoint, and loading "
     "one of DeepSpeed's can run code",
@@ -393,7 +393,7 @@ def set_up_logging(training_args) -> None:
 def start_run(model_args, data_args, training_args) -> tuple[str | None, dict | None]:
     """Sets up logging, and returns the checkpoint to go on from, and the results of a run that is finished."""
     set_up_logging(training_args)
-    for name, cost in ABSENT.items():
+    for name, cost in NOT_BESIDE.items():
         if globals()[name.removesuffix(".py")] is None and training_args.process_index == 0:
             print(f"{name} is not beside guards.py: {cost}", flush=True)
     if checkpoints is None:

@@ -149,7 +149,7 @@ class SavedWhole:
     def get_weight(self, name: str) -> torch.Tensor:
         # peft writes an adapter's weights without the adapter's name
         names = [n for tied in self.tied[name] for n in (tied, re.sub(r"\.modules_to_save|\.default\b", "", tied))]
-        found = next(n for n in [*names, name] if n in self.files or n == name)
+        found = next((n for n in names if n in self.files), name)
         return self.files[found].get_tensor(found)
 
     def get_state(self, name: str) -> dict:
