@@ -6,16 +6,16 @@
 """
 Lets a run go on from a checkpoint of any number of ranks, any ZeRO stage or none, and runs no code from its files.
 
-Optional beside guards.py and checkpoints.py: explain_unsafe is asked before a checkpoint is chosen, follow(trainer)
-makes the trainer load it. On its own ranks and stage transformers and DeepSpeed load it, as ever. On others DeepSpeed
-refuses (0.19.8), and transformers leaves the optimizer's state out in silence (5.23). There fp32 weights and
-optimizer state are put together from what the ranks saved, a parameter at a time, and cut as the new ranks hold them.
+Optional beside guards.py and checkpoints.py, which call explain_unsafe and follow. On a checkpoint's own ranks and
+stage transformers and DeepSpeed load it. On others DeepSpeed refuses (0.19.8), transformers drops its state in
+silence (5.23): here weights and state are put together a parameter at a time, and cut as the new ranks hold them.
 """
 
 import copy
 import json
 import pickle
 import re
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -56,12 +56,11 @@ def load_safely(path, map_location="cpu", mmap=True):
 
 def explain_unsafe(folder: Path) -> str | None:
     """Why a checkpoint's files are not loaded, or None: one holds more than tensors and plain values."""
-    for path in sorted(folder.rglob("*")):
-        if path.suffix in (".pt", ".pth", ".bin") and path.name != "training_args.bin":  # which nobody loads
-            try:
-                load_safely(path)
-            except MoveError as error:
-                return str(error).removeprefix(f"{folder}/")
+    files = [p for p in sorted(folder.rglob("*")) if p.suffix in (".pt", ".pth", ".bin")]
+    try:
+        [load_safely(path) for path in files if path.name != "training_args.bin"]  # which nobody loads
+    except MoveError as error:
+        return str(error).removeprefix(f"{folder}/")
     return None
 
 
@@ -90,7 +89,7 @@ class SavedShards:
         self.bases = [s["optimizer_state_dict" if partitioned else "base_optimizer_state"] for s in self.shards]
         if not isinstance(self.bases[0], dict) or any(map(any, first.get("param_alignment_paddings", ()))):
             raise MoveError("was saved with DeepSpeed's elastic_checkpoint or parameter_alignment, and stays there")
-        self.groups = self.bases[0]["param_groups"]
+        self.groups = self.bases[0]["param_groups"]  # DeepSpeed has dropped empty ones
         shapes = self.common["param_shapes"]  # a dict for each flat tensor
         self.shapes = {name: torch.Size(shape) for group in shapes for name, shape in group.items()}
         self.pieces = {name: [] for name in self.shapes}  # by name: (rank, flat tensor, offset, elements)
@@ -134,7 +133,7 @@ class SavedWhole:
         if not (folder / "optimizer.pt").is_file():
             raise MoveError("was saved at ZeRO stage 0, and stays there")
         self.base = load_safely(folder / "optimizer.pt")
-        self.groups = self.base["param_groups"]
+        self.groups = [group for group in self.base["param_groups"] if group["params"]]
         state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
         self.common, self.files, self.tied, aliases = {"global_steps": state["global_step"]}, {}, {}, {}
         for path in folder.glob("*model*.safetensors"):  # of a model or of adapters, in one file or several
@@ -179,8 +178,8 @@ def load_into_plain(model, optimizer, folder: Path) -> None:
         parameter.copy_(saved.get_weight(names[parameter]))
     if by_parameter:
         return optimizer.load_state_dict(saved.get_by_parameter())
-    groups = zip(optimizer.state_dict()["param_groups"], saved.groups, strict=True)
-    groups = [{**new, **old, "params": new["params"]} for new, old in groups]
+    groups, old = optimizer.state_dict()["param_groups"], iter(saved.groups)
+    groups = [{**new, **next(old), "params": new["params"]} if new["params"] else new for new in groups]
     state = {i: saved.get_state(names[parameter]) for i, parameter in enumerate(order)}
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
@@ -215,7 +214,7 @@ def load_into_engine(engine, folder: Path) -> None:
     saved = SavedShards(folder) if find_layout(folder) else SavedWhole(folder, order, engine.module)
     by_parameter = check_move(optimizer, saved.shapes, order)
     for flat, pieces in find_flats(zero):
-        state = {}
+        state = defaultdict(partial(torch.zeros_like, flat))
         for parameter, start, offset, numel in pieces:
             weight = saved.get_weight(names[parameter])
             with GatheredParameters([parameter], modifier_rank=0, enabled=hasattr(parameter, "ds_id")):
@@ -227,10 +226,8 @@ def load_into_engine(engine, folder: Path) -> None:
                     continue
                 if value.shape != weight.shape:
                     raise MoveError(f"was saved with another optimizer: {key} is not of its parameter's shape")
-                state.setdefault(key, torch.zeros_like(flat)).narrow(0, offset, numel).copy_(
-                    value.flatten()[start : start + numel]
-                )
-        optimizer.state[flat] = state
+                state[key].narrow(0, offset, numel).copy_(value.flatten()[start : start + numel])
+        optimizer.state[flat] = dict(state)
     if by_parameter:
         optimizer.load_state_dict(saved.get_by_parameter())
     for group, old in zip(optimizer.param_groups, saved.groups, strict=True):
@@ -245,26 +242,30 @@ def load_into_engine(engine, folder: Path) -> None:
 
 def follow(trainer, refusal: type[Exception]) -> None:
     """Let a trainer go on from checkpoints of other ranks and stages; raises `refusal` where it cannot."""
-    # No argument says how the Trainer loads a checkpoint (5.23): two methods of this one are replaced, and under
-    # DeepSpeed a function of its module.
+    # No argument says how the Trainer loads (5.23): two methods of this one, and a function of its module, go.
     load_state, load_random, args = trainer._load_optimizer_and_scheduler, trainer._load_rng_state, trainer.args
 
     def load_state_from(checkpoint):
+        folder, deepspeed = Path(checkpoint or ""), trainer.is_deepspeed_enabled
+        schedule, moves = folder / "scheduler.pt", checkpoint and not deepspeed and (folder / "latest").is_file()
         with refusing(checkpoint, refusal):
-            if trainer.is_deepspeed_enabled or checkpoint is None or not (Path(checkpoint) / "latest").is_file():
+            if not moves and not (deepspeed and schedule.is_file()):
                 return load_state(checkpoint)
-            if args.process_index == 0:
-                print(f"{checkpoint} was saved under ZeRO; going on with {args.world_size} without", flush=True)
-            load_into_plain(trainer.model, trainer.optimizer, Path(checkpoint))
-            trainer.lr_scheduler.load_state_dict(load_safely(Path(checkpoint) / "scheduler.pt"))
+            if moves:
+                load_into_plain(trainer.model, trainer.optimizer, folder)
+            saved, now = load_safely(schedule), trainer.lr_scheduler.state_dict()
+            for key in {"base_lrs", "lr_lambdas", "_last_lr"} & now.keys():  # one a group, alike; of empty ones, too
+                saved[key] = (saved[key] * len(now[key]))[: len(now[key])]
+            trainer.lr_scheduler.load_state_dict(saved)
+        if moves and args.process_index == 0:
+            print(f"{checkpoint} was saved under ZeRO; going on with {args.world_size} without", flush=True)
 
     def load_random_from(checkpoint):
         rank = args.process_index
         name = f"rng_state_{rank}.pth" if args.world_size > 1 else "rng_state.pth"
         if checkpoint is None or (Path(checkpoint) / name).is_file():
             return load_random(checkpoint)
-        how = "begun from --seed + step + rank, so that dropout draws other numbers than without a move"
-        print(f"{checkpoint}: no random state of rank {rank}: {how}", flush=True)
+        print(f"{checkpoint}: no random state of rank {rank}: begun from --seed + step + rank; dropout draws others")
         set_seed(args.seed + trainer.state.global_step + rank)
 
     trainer._load_optimizer_and_scheduler, trainer._load_rng_state = load_state_from, load_random_from
@@ -280,8 +281,8 @@ def refusing(checkpoint: str, refusal: type[Exception]):
     except MoveError as error:
         raise refusal(f"{checkpoint}: {str(error).removeprefix(f'{checkpoint}/')}") from None
     except (LookupError, ValueError, OSError) as error:
-        why = f"is not of this run's model and optimizer ({type(error).__name__}: {error})"
-        raise refusal(f"{checkpoint}: {why}; go on as it was made, or name another --output_dir") from error
+        why = f"is not of this run's model and optimizer, name another --output_dir ({type(error).__name__}: {error})"
+        raise refusal(f"{checkpoint}: {why}") from error
 
 
 def load_deepspeed_checkpoint(engine, checkpoint_path: str, load_module_strict: bool = True, refusal=ValueError):

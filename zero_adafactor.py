@@ -353,10 +353,12 @@ class ZeroAdafactor(Adafactor):
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Takes transformers.Adafactor's state of plain parameters, too. Raises ValueError if it does not fit."""
-        saved_groups = state_dict["param_groups"]
-        if [len(group["params"]) for group in saved_groups] != [len(members) for members in self._members]:
+        saved_groups = [group for group in state_dict["param_groups"] if group["params"]]  # DeepSpeed drops empty ones
+        groups = [group for group in self.param_groups if self._members[group["members"]]]
+        members = [len(self._members[group["members"]]) for group in groups]
+        if [len(group["params"]) for group in saved_groups] != members:
             raise ValueError("the saved optimizer state has other parameter groups than this optimizer")
-        for group, saved in zip(self.param_groups, saved_groups, strict=True):
+        for group, saved in zip(groups, saved_groups, strict=True):
             group.update({key: value for key, value in saved.items() if key not in ("params", "members")})
         order = [i for group in saved_groups for i in group["params"]]
         for parameter, i in zip(self._index, order, strict=True):

@@ -254,7 +254,9 @@ def make_spark_settings(args: argparse.Namespace) -> dict[str, str]:
         "spark.cores.max": "1" if args.local_mode else str(args.num_processes),
     }
     passed_on = [name for name in os.environ if name.startswith(PASSED_ON) and not SECRET.search(name)]
-    passed_on = [name for name in passed_on if not SECRET_ADDRESS.search(os.environ[name])]
+    for name in [name for name in passed_on if SECRET_ADDRESS.search(os.environ[name])]:
+        print(f"{name} holds a password, so executors are not given it; set it on the workers", flush=True)
+        passed_on.remove(name)
     settings |= {f"spark.executorEnv.{name}": os.environ[name] for name in passed_on}
     if args.use_gpu and args.local_mode:
         finder = Path(tempfile.mkdtemp()) / "list_gpus.sh"
@@ -268,6 +270,13 @@ def make_spark_settings(args: argparse.Namespace) -> dict[str, str]:
         settings |= {"spark.executor.cores": "1", "spark.executor.resource.gpu.amount": "1"}
         settings["spark.task.resource.gpu.amount"] = "1"
     return settings | dict(pair.split("=", 1) for pair in args.conf)
+
+
+def hide_tokens(words: list[str]) -> str:
+    """A command line to be shown, without the values of --token and --hub_token."""
+    hidden = [re.sub("^(--(?:hub_)?token)=.*", r"\1=***", word, flags=re.DOTALL) for word in words]
+    pairs = zip(["", *words], hidden, strict=False)
+    return shlex.join("***" if before in ("--token", "--hub_token") else word for before, word in pairs)
 
 
 def start_spark(settings: dict[str, str]):
@@ -404,8 +413,7 @@ def main(argv: list[str] | None = None) -> int:
         with time_limit(args.timeout, f"--master {args.master}: the workers did not answer"):
             check_workers(spark, args.num_processes, list_needed_paths(args.script, words))
     where = "this machine" if args.local_mode else args.master
-    shown = re.sub(r"(--(?:hub_)?token[= ])\S+", r"\1***", shlex.join([args.script, *words]))
-    print(f"{args.num_processes} processes on {where}: {shown}", flush=True)
+    print(f"{args.num_processes} processes on {where}: {hide_tokens([args.script, *words])}", flush=True)
     return train(args, words)
 
 

@@ -310,3 +310,17 @@ def test_no_secret_is_kept_or_shown(work, tmp_path):
     for address in ("https://me:pass@host/x", "https://pass@host/x?password=pass", "https://host/x"):
         assert guards.hide_secrets(address) == "https://host/x"
     assert guards.hide_secrets("sqlite:///mlflow.db") == "sqlite:///mlflow.db"
+
+
+def test_the_spark_launcher_neither_prints_nor_passes_on_secrets(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "launchers"))
+    import spark_train
+
+    shown = spark_train.hide_tokens(["a.py", "--token", "hf_secret x", "--hub_token=hf_secret", "--seed", "1"])
+    assert shown == "a.py --token '***' '--hub_token=***' --seed 1"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:hf_secret@host")
+    monkeypatch.setenv("HF_HOME", "/home/me")
+    arguments = spark_train.parse_launch_arguments(["--num_processes", "2", "run_summarization.py"])
+    settings = spark_train.make_spark_settings(arguments)
+    assert settings["spark.executorEnv.HF_HOME"] == "/home/me" and "hf_secret" not in str(settings)
+    assert capsys.readouterr().out.startswith("MLFLOW_TRACKING_URI holds a password, so executors are not given it")
