@@ -324,3 +324,13 @@ def test_the_spark_launcher_neither_prints_nor_passes_on_secrets(monkeypatch, ca
     settings = spark_train.make_spark_settings(arguments)
     assert settings["spark.executorEnv.HF_HOME"] == "/home/me" and "hf_secret" not in str(settings)
     assert capsys.readouterr().out.startswith("MLFLOW_TRACKING_URI holds a password, so executors are not given it")
+
+
+def test_what_is_not_beside_it_is_said_with_what_that_costs(monkeypatch, capsys):
+    monkeypatch.setattr(guards, "checkpoints", None)
+    monkeypatch.setattr(guards, "portable_checkpoints", None)
+    arguments = SimpleNamespace(process_index=0, get_process_log_level=lambda: 30, resume_from_checkpoint="there")
+    assert guards.start_run(None, None, arguments) == ("there", None)
+    printed = capsys.readouterr().out
+    assert printed.count("checkpoints.py is not beside guards.py: a killed run goes on only with") == 1
+    assert printed.count("portable_checkpoints.py is not beside guards.py: a run goes on only with the ranks") == 1
