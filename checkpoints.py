@@ -30,6 +30,11 @@ from safetensors import SafetensorError, safe_open
 from transformers import TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
+try:
+    import portable_checkpoints
+except ModuleNotFoundError:
+    portable_checkpoints = None
+
 LOCK, SETTINGS, MARKER = ".lock", "run.json", "complete.json"
 
 # Flags that decide no weight: they may change from one start to the next, and take effect. The second list are those
@@ -142,7 +147,8 @@ def explain_incomplete(folder: Path) -> str | None:
 def explain_fault(checkpoint: Path, ours: bool) -> str | None:
     """Why a checkpoint cannot be resumed from, or None; ours: made with a marker."""
     marked = ours or not checkpoint.is_dir() or (checkpoint / MARKER).exists()
-    return explain_incomplete(checkpoint) if marked else explain_unmarked(checkpoint)
+    why = explain_incomplete(checkpoint) if marked else explain_unmarked(checkpoint)
+    return why or (portable_checkpoints.explain_unsafe(checkpoint) if portable_checkpoints else None)
 
 
 def explain_unmarked(folder: Path) -> str | None:

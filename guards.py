@@ -34,9 +34,11 @@ from transformers import TrainerCallback
 from transformers.models.auto import modeling_auto as known_models
 
 # Its own companions. Without them fewer mistakes are found early; start_run says so.
-checkpoints = rank_watch = flag_checks = value_checks = deepspeed_checks = None
+checkpoints = portable_checkpoints = rank_watch = flag_checks = value_checks = deepspeed_checks = None
 with suppress(ModuleNotFoundError):
     import checkpoints
+with suppress(ModuleNotFoundError):
+    import portable_checkpoints
 with suppress(ModuleNotFoundError):
     import rank_watch
 with suppress(ModuleNotFoundError):
@@ -48,6 +50,8 @@ with suppress(ModuleNotFoundError):
 
 COSTS = {
     "checkpoints.py": "a killed run goes on only with --resume_from_checkpoint, and what differs is not said",
+    "portable_checkpoints.py": "a run goes on only with the ranks and the ZeRO stage of its checkpoint, and loading "
+    "one of DeepSpeed's can run code",
     "rank_watch.py": "a rank that is stopped or killed is noticed after half an hour, or in tracebacks",
     "flag_checks.py": "misspelt flags and values of another type end in argparse's own words, one at a time",
     "value_checks.py": "numbers out of range, nan and inf are taken as they are",
@@ -172,6 +176,8 @@ def check_training(args: argparse.Namespace, problems=()) -> None:
         value = getattr(args, flag, None)
         if value is not None and value < least:
             problems.append(f"--{flag} {value}: must be {least} or more")
+    if getattr(args, "hub_token", None) is not None:
+        problems.append("--hub_token: would lie readable in training_args.bin; log in with `hf auth login` instead")
     if args.generation_config is not None:  # the trainer puts it in the place of all that flags and template said
         problems.append(
             f"--generation_config {args.generation_config}: would overrule the flags' lengths and beams and the stop "
@@ -327,8 +333,8 @@ def find_tracking_problems(args: argparse.Namespace) -> list[str]:
     uri = os.environ.get("MLFLOW_TRACKING_URI", "")
     if "mlflow" in names and uri.startswith(("file:", "/", ".")) and not os.environ.get("MLFLOW_ALLOW_FILE_STORE"):
         problems.append(
-            f"MLFLOW_TRACKING_URI={uri}: MLflow 3 no longer writes into a folder; give sqlite:///mlflow.db, "
-            "a server's URL, or leave it out"
+            f"MLFLOW_TRACKING_URI={hide_secrets(uri)}: MLflow 3 no longer writes into a folder; give "
+            "sqlite:///mlflow.db, a server's URL, or leave it out"
         )
     return problems
 
@@ -478,6 +484,8 @@ def start_tracking(trainer, *arguments) -> None:
     own = [WholeRunLoss(), FiniteRun(trainer)]
     if checkpoints:
         own.append(checkpoints.RunFolder(args.output_dir, arguments))
+    if portable_checkpoints:
+        portable_checkpoints.follow(trainer, UsageError)
     trainer.callback_handler.callbacks[1:1] = own  # after the one that decides what is due, before those that print
     hide_tied_weights(trainer.model)
     if "mlflow" not in args.report_to or not trainer.is_world_process_zero():
@@ -495,7 +503,14 @@ def start_tracking(trainer, *arguments) -> None:
     mlflow.log_params(given, synchronous=False)
     if isinstance(args.deepspeed, str):
         mlflow.log_artifact(args.deepspeed)
-    print(f"MLflow run {run.info.run_name} ({run.info.run_id}) in {mlflow.get_tracking_uri()}", flush=True)
+    print(
+        f"MLflow run {run.info.run_name} ({run.info.run_id}) in {hide_secrets(mlflow.get_tracking_uri())}", flush=True
+    )
+
+
+def hide_secrets(uri: str) -> str:
+    """An address without user, password and what follows the path."""
+    return re.sub(r"(?<=//)[^/]*@", "", uri).split("?")[0]
 
 
 def hide_tied_weights(model) -> None:

@@ -24,16 +24,9 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from transformers import Adafactor
-from transformers.integrations.deepspeed import deepspeed_load_checkpoint
-
-try:
-    from guards import UsageError
-except ModuleNotFoundError:
-    UsageError = ValueError
 
 # Elements worked on at once: 16 MB of fp32. Small enough for a CPU's cache, large enough to fill a GPU.
 CHUNK = 1 << 22
@@ -150,6 +143,8 @@ class ZeroAdafactor(Adafactor):
     weights: of this rank's fragment only.
     """
 
+    state_by_parameter = True  # for portable_checkpoints.py
+
     def __init__(self, params, *args, stochastic_rounding=True, seed=0, step_in_backward=False, **kwargs):
         self._members: list[list[torch.nn.Parameter]] = []  # a group's parameters as the model holds them
         self._index: dict[torch.nn.Parameter, int] = {}
@@ -237,7 +232,7 @@ class ZeroAdafactor(Adafactor):
             if torch.is_tensor(value) and value.device != device:
                 state[key] = value.to(device)
         if group["beta1"] is not None:
-            if state["exp_avg"].numel() != fragment.data.numel():  # of the whole parameter: see load_zero_checkpoint
+            if state["exp_avg"].numel() != fragment.data.numel():  # of the whole parameter: of a checkpoint that moved
                 end = fragment.start + fragment.data.numel()
                 state["exp_avg"] = state["exp_avg"].flatten()[fragment.start : end].clone()
             state["exp_avg_start"] = fragment.start
@@ -358,10 +353,12 @@ class ZeroAdafactor(Adafactor):
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Takes transformers.Adafactor's state of plain parameters, too. Raises ValueError if it does not fit."""
-        saved_groups = state_dict["param_groups"]
-        if [len(group["params"]) for group in saved_groups] != [len(members) for members in self._members]:
+        saved_groups = [group for group in state_dict["param_groups"] if group["params"]]  # DeepSpeed drops empty ones
+        groups = [group for group in self.param_groups if self._members[group["members"]]]
+        members = [len(self._members[group["members"]]) for group in groups]
+        if [len(group["params"]) for group in saved_groups] != members:
             raise ValueError("the saved optimizer state has other parameter groups than this optimizer")
-        for group, saved in zip(self.param_groups, saved_groups, strict=True):
+        for group, saved in zip(groups, saved_groups, strict=True):
             group.update({key: value for key, value in saved.items() if key not in ("params", "members")})
         order = [i for group in saved_groups for i in group["params"]]
         for parameter, i in zip(self._index, order, strict=True):
@@ -409,8 +406,6 @@ def choose(training_args) -> tuple[type, dict] | None:
     """Trainer's optimizer_cls_and_kwargs (5.23's Seq2SeqTrainer has the attribute only), or None for the stock one."""
     from transformers import trainer
 
-    if training_args.deepspeed:  # no argument of the Trainer says how it loads a checkpoint (5.23)
-        trainer.deepspeed_load_checkpoint = load_deepspeed_checkpoint
     if training_args.optim != "adafactor":
         return None
     kwargs = trainer.Trainer.get_optimizer_cls_and_kwargs(training_args)[1]
@@ -423,77 +418,3 @@ def describe(training_args, model) -> str:
         return f"optimizer: {training_args.optim.value}"
     rounded = ", bf16 weights rounded stochastically" if model.dtype == torch.bfloat16 else ""
     return f"optimizer: ZeroAdafactor of zero_adafactor.py: factored and the same on any number of ranks{rounded}"
-
-
-def load_deepspeed_checkpoint(engine, checkpoint_path: str, load_module_strict: bool = True) -> None:
-    """
-    In the place of the trainer's function of that use: also loads what other ranks or another ZeRO stage saved.
-
-    Raises UsageError where the optimizer is not ZeroAdafactor, whose state alone can follow.
-    """
-    ranks = len(find_saved(checkpoint_path, "_optim_states.pt"))
-    partitioned = "zero_pp_rank" in find_saved(checkpoint_path, "_model_states.pt")[0].name
-    if (ranks, partitioned) == (engine.dp_world_size, engine.zero_optimization_stage() == 3):
-        return deepspeed_load_checkpoint(engine, checkpoint_path, load_module_strict)
-    if not isinstance(engine.basic_optimizer, ZeroAdafactor):
-        raise UsageError(
-            f"{checkpoint_path} was saved on {ranks} processes at ZeRO stage {'3' if partitioned else '1 or 2'}: go "
-            "on like that, or use --optim adafactor, whose checkpoints go on anywhere"
-        )
-    if engine.global_rank == 0:
-        print(f"{checkpoint_path} was saved on {ranks} processes; going on with {engine.dp_world_size}", flush=True)
-    load_zero_checkpoint(engine, checkpoint_path)
-
-
-def find_saved(folder: str, ending: str) -> list[Path]:
-    """The files of DeepSpeed's checkpoint in the folder, by rank."""
-    tag = (Path(folder) / "latest").read_text(encoding="utf-8").strip()
-    return sorted((Path(folder) / tag).glob(f"*{ending}"))
-
-
-def load_zero_checkpoint(engine, folder: str) -> None:
-    """
-    Load into a DeepSpeed engine a checkpoint saved with ZeroAdafactor on other ranks or at another ZeRO stage.
-
-    DeepSpeed refuses another number of ranks, and its ds_to_universal knows Adam's state alone (`KeyError: 'exp_avg'`
-    on 0.19.8). The fp32 weights are put together from the saved partitions one parameter at a time, the factors are
-    the same in every rank's file. folder: with the file `latest`, as engine.save_checkpoint writes it.
-    """
-    from deepspeed.runtime.zero.partition_parameters import GatheredParameters
-    from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-    # The run's own files: DeepSpeed pickles its loss scaler and addresses into them.
-    options = {"map_location": "cpu", "mmap": True, "weights_only": False}
-    shards = [torch.load(path, **options) for path in find_saved(folder, "_optim_states.pt")]
-    common = torch.load(find_saved(folder, "_model_states.pt")[0], **options)
-
-    weights = get_fp32_state_dict_from_zero_checkpoint(folder, lazy_mode=True)
-    for name, parameter in engine.module.named_parameters():
-        whole = weights[name].contiguous().to(engine.device)
-        with GatheredParameters([parameter], modifier_rank=0, enabled=hasattr(parameter, "ds_id")):
-            parameter.data.copy_(whole)
-        if parameter.requires_grad and hasattr(parameter, "ds_id"):
-            # safe_set_full_fp32_param fails on a padded last piece (deepspeed 0.19.8).
-            size, process_group = parameter.partition_numel(), parameter.ds_process_group
-            ranks, rank = torch.distributed.get_world_size(process_group), torch.distributed.get_rank(process_group)
-            padded = torch.nn.functional.pad(whole.flatten(), (0, ranks * size - whole.numel()))
-            safe_set_local_fp32_param(parameter, padded[rank * size : (rank + 1) * size])
-        elif parameter.requires_grad:
-            safe_set_full_fp32_param(parameter, whole)
-    engine.optimizer.optimizer.load_state_dict(merge_shards([shard["optimizer_state_dict"] for shard in shards]))
-    engine.global_steps, engine.global_samples = common["global_steps"], common["global_samples"]
-    engine.skipped_steps = common.get("skipped_steps", 0)
-    if engine.lr_scheduler is not None and common.get("lr_scheduler") is not None:
-        engine.lr_scheduler.load_state_dict(common["lr_scheduler"])
-
-
-def merge_shards(shards: list[dict]) -> dict:
-    """The state_dict of ZeroAdafactor from every rank's saved one: exp_avg whole, the rest is alike in all."""
-    shards = [shard.get("base_optimizer_state", shard.get("optimizer_state_dict")) for shard in shards]
-    merged = shards[0]
-    for i, state in merged["state"].items():
-        if "exp_avg" in state:
-            held = sorted((shard["state"][i] for shard in shards), key=lambda part: part["exp_avg_start"])
-            state["exp_avg"] = torch.cat([part["exp_avg"].flatten() for part in held])
-    return merged

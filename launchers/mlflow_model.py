@@ -267,9 +267,10 @@ def main(argv: list[str] | None = None) -> str:
     uri = info.model_uri
     if args.registered_model_name:
         uri = f"models:/{args.registered_model_name}/{info.registered_model_version}"
-    print(f"tracking URI: {mlflow.get_tracking_uri()}\nmodel URI: {uri}")
+    address = re.sub(r"(?<=//)[^/]*@", "", mlflow.get_tracking_uri()).split("?")[0]  # user and password are not shown
+    print(f"tracking URI: {address}\nmodel URI: {uri}")
     print(
-        f"serve: MLFLOW_TRACKING_URI={mlflow.get_tracking_uri()} mlflow models serve --env-manager local "
+        f"serve: MLFLOW_TRACKING_URI={address} mlflow models serve --env-manager local "
         f"-h 127.0.0.1 -p {args.port} -m {uri}",
         flush=True,
     )

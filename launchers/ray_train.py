@@ -128,6 +128,9 @@ def connect(address: str, seconds: int) -> None:
     watch.daemon = True
     watch.start()
     variables = {k: v for k, v in os.environ.items() if re.fullmatch(PASSED_ON, k) and not re.search(SECRET, k)}
+    for name in [name for name, value in variables.items() if re.search("//[^/]*@", value)]:  # user:password@host
+        print(f"{name} holds a password, so workers are not given it; set it on their machines", flush=True)
+        del variables[name]
     options = {} if address == "local" else {"runtime_env": {"env_vars": variables}}
     try:
         ray.init(address=address, logging_level="warning", **options)

@@ -53,6 +53,7 @@ OLDEST_JAVA = 17  # Spark 4
 # What an executor does not inherit from the driver's shell and a training script reads. No secrets (HF_TOKEN,
 # WANDB_API_KEY): Spark keeps its settings in logs and pages; log in on the workers' home instead.
 SECRET = re.compile("TOKEN$|KEY|SECRET|PASSWORD")
+SECRET_ADDRESS = re.compile("//[^/]*@")  # https://user:password@host
 PASSED_ON = ("HF_", "TRANSFORMERS_", "TOKENIZERS_", "MLFLOW_", "WANDB_", "OMP_", "NCCL_", "GLOO_", "TORCH_", "DS_")
 
 # Flags of the scripts that name a file or folder. Those of the second kind may name something on the hub instead.
@@ -253,6 +254,9 @@ def make_spark_settings(args: argparse.Namespace) -> dict[str, str]:
         "spark.cores.max": "1" if args.local_mode else str(args.num_processes),
     }
     passed_on = [name for name in os.environ if name.startswith(PASSED_ON) and not SECRET.search(name)]
+    for name in [name for name in passed_on if SECRET_ADDRESS.search(os.environ[name])]:
+        print(f"{name} holds a password, so executors are not given it; set it on the workers", flush=True)
+        passed_on.remove(name)
     settings |= {f"spark.executorEnv.{name}": os.environ[name] for name in passed_on}
     if args.use_gpu and args.local_mode:
         finder = Path(tempfile.mkdtemp()) / "list_gpus.sh"
@@ -266,6 +270,13 @@ def make_spark_settings(args: argparse.Namespace) -> dict[str, str]:
         settings |= {"spark.executor.cores": "1", "spark.executor.resource.gpu.amount": "1"}
         settings["spark.task.resource.gpu.amount"] = "1"
     return settings | dict(pair.split("=", 1) for pair in args.conf)
+
+
+def hide_tokens(words: list[str]) -> str:
+    """A command line to be shown, without the values of --token and --hub_token."""
+    hidden = [re.sub("^(--(?:hub_)?token)=.*", r"\1=***", word, flags=re.DOTALL) for word in words]
+    pairs = zip(["", *words], hidden, strict=False)
+    return shlex.join("***" if before in ("--token", "--hub_token") else word for before, word in pairs)
 
 
 def start_spark(settings: dict[str, str]):
@@ -402,7 +413,7 @@ def main(argv: list[str] | None = None) -> int:
         with time_limit(args.timeout, f"--master {args.master}: the workers did not answer"):
             check_workers(spark, args.num_processes, list_needed_paths(args.script, words))
     where = "this machine" if args.local_mode else args.master
-    print(f"{args.num_processes} processes on {where}: {shlex.join([args.script, *words])}", flush=True)
+    print(f"{args.num_processes} processes on {where}: {hide_tokens([args.script, *words])}", flush=True)
     return train(args, words)
 
 

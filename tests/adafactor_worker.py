@@ -139,6 +139,7 @@ def run_zero(case: dict) -> dict:
     """Under DeepSpeed, the global batch divided between the ranks and the accumulation steps."""
     import deepspeed
 
+    import portable_checkpoints
     import zero_adafactor
 
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
@@ -150,7 +151,7 @@ def run_zero(case: dict) -> dict:
     optimizer = zero_adafactor.ZeroAdafactor(make_groups(model), **{**STOCK, **case.get("optimizer", {})})
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     if case.get("load"):
-        zero_adafactor.load_zero_checkpoint(engine, case["load"])
+        portable_checkpoints.load_into_engine(engine, Path(case["load"]))
     if case.get("load_same"):
         engine.load_checkpoint(case["load_same"])
     first = engine.global_steps

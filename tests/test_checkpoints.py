@@ -274,7 +274,15 @@ def test_a_folder_at_work_is_locked_and_the_lock_of_the_dead_is_taken_over(work,
 
 def test_without_it_a_run_trains_the_same_and_says_what_is_lost(finished, work, tmp_path):
     script = tmp_path / SCRIPT.name
-    for name in ("guards.py", "fast_batches.py", "zero_adafactor.py", "reports.py", "tables.py", "model_checks.py"):
+    for name in (
+        "guards.py",
+        "fast_batches.py",
+        "cpu_dropout.py",
+        "zero_adafactor.py",
+        "reports.py",
+        "tables.py",
+        "model_checks.py",
+    ):
         shutil.copy(ROOT / name, tmp_path)
     shutil.copy(SCRIPT, script)
     printed = start(work, tmp_path / "out", script=script).stdout

@@ -10,7 +10,8 @@ import pytest
 import copy_script as tool
 from conftest import ROOT, run
 
-OF_GUARDS = ["checkpoints.py", "deepspeed_checks.py", "flag_checks.py", "rank_watch.py", "value_checks.py"]
+OF_GUARDS = ["checkpoints.py", "deepspeed_checks.py", "flag_checks.py"]
+OF_GUARDS += ["portable_checkpoints.py", "rank_watch.py", "value_checks.py"]
 COMPANIONS = [*OF_GUARDS, "fast_batches.py", "guards.py", "model_checks.py", "reports.py", "tables.py"]
 COMPANIONS += ["zero_adafactor.py"]
 GENERATION = [*OF_GUARDS, "chat_turns.py", "generation_store.py", "guards.py", "lora.py", "model_checks.py"]
@@ -37,7 +38,7 @@ def list_files(folder: Path) -> list[str]:
         ("run_generation.py", GENERATION),
         ("guards.py", OF_GUARDS),
         ("tools/merge_lora.py", []),
-        ("tools/plan_run.py", [*OF_GUARDS, "guards.py", "tools/init_model.py", "zero_adafactor.py"]),
+        ("tools/plan_run.py", ["tools/init_model.py", "zero_adafactor.py"]),
     ],
 )
 def test_a_script_comes_with_what_it_uses_and_with_nothing_else(script, used, tmp_path, capsys):

@@ -300,3 +300,38 @@ def test_only_tied_weights_that_a_checkpoint_lacks_go_unsaid(work, monkeypatch):
     said = [line.format(["shared.weight"]), line.format(["lm_head.weight", "decoder.final_layer_norm.weight"]), "else"]
     logged = [line.format(["encoder.embed_tokens.weight", "lm_head.weight"]), *said]
     assert [text for text in logged if logger.filter(logging.makeLogRecord({"msg": text}))] == said
+
+
+def test_no_secret_is_kept_or_shown(work, tmp_path):
+    words = ["--model_name_or_path", work / "tiny-t5", "--do_train", "--train_file", work / "train.csv"]
+    words += ["--output_dir", tmp_path / "out", "--hub_token", "hf_secret"]
+    with pytest.raises(guards.UsageError, match="--hub_token: would lie readable") as refused:
+        script.main([str(word) for word in words])
+    assert "hf_secret" not in str(refused.value)
+    for address in ("https://me:pass@host/x", "https://pass@host/x?password=pass", "https://host/x"):
+        assert guards.hide_secrets(address) == "https://host/x"
+    assert guards.hide_secrets("sqlite:///mlflow.db") == "sqlite:///mlflow.db"
+
+
+def test_the_spark_launcher_neither_prints_nor_passes_on_secrets(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "launchers"))
+    import spark_train
+
+    shown = spark_train.hide_tokens(["a.py", "--token", "hf_secret x", "--hub_token=hf_secret", "--seed", "1"])
+    assert shown == "a.py --token '***' '--hub_token=***' --seed 1"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:hf_secret@host")
+    monkeypatch.setenv("HF_HOME", "/home/me")
+    arguments = spark_train.parse_launch_arguments(["--num_processes", "2", "run_summarization.py"])
+    settings = spark_train.make_spark_settings(arguments)
+    assert settings["spark.executorEnv.HF_HOME"] == "/home/me" and "hf_secret" not in str(settings)
+    assert capsys.readouterr().out.startswith("MLFLOW_TRACKING_URI holds a password, so executors are not given it")
+
+
+def test_what_is_not_beside_it_is_said_with_what_that_costs(monkeypatch, capsys):
+    monkeypatch.setattr(guards, "checkpoints", None)
+    monkeypatch.setattr(guards, "portable_checkpoints", None)
+    arguments = SimpleNamespace(process_index=0, get_process_log_level=lambda: 30, resume_from_checkpoint="there")
+    assert guards.start_run(None, None, arguments) == ("there", None)
+    printed = capsys.readouterr().out
+    assert printed.count("checkpoints.py is not beside guards.py: a killed run goes on only with") == 1
+    assert printed.count("portable_checkpoints.py is not beside guards.py: a run goes on only with the ranks") == 1

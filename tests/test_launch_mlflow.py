@@ -212,10 +212,11 @@ def test_a_run_that_fails_is_marked_as_failed_at_exit(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     at_exit = []
     monkeypatch.setattr(guards.atexit, "register", lambda *call: at_exit.append(call))
-    args = SimpleNamespace(report_to=["mlflow"], run_name="broken", deepspeed=None)
+    args = SimpleNamespace(report_to=["mlflow"], run_name="broken", deepspeed=None, output_dir=str(tmp_path))
     model = SimpleNamespace(config=SimpleNamespace(num_beams=4))
     handler = SimpleNamespace(callbacks=[])
     trainer = SimpleNamespace(args=args, model=model, callback_handler=handler, is_world_process_zero=lambda: True)
+    trainer._load_optimizer_and_scheduler = trainer._load_rng_state = None
     own = SimpleNamespace(num_beams=2, train_file="a.csv", token="hf_secret")
     guards.start_tracking(trainer, own, SimpleNamespace())
     mlflow.flush_async_logging()

@@ -21,7 +21,14 @@ COMPANIONS = (
     "cpu_dropout.py",
     "zero_adafactor.py",
 )
-OF_GUARDS = ("checkpoints.py", "rank_watch.py", "flag_checks.py", "value_checks.py", "deepspeed_checks.py")
+OF_GUARDS = (
+    "checkpoints.py",
+    "portable_checkpoints.py",
+    "rank_watch.py",
+    "flag_checks.py",
+    "value_checks.py",
+    "deepspeed_checks.py",
+)
 SGD = ["--do_train", "--max_steps", "12", "--logging_steps", "1", "--optim", "sgd", "--learning_rate", "0.1"]
 SGD += ["--lr_scheduler_type", "constant", "--save_strategy", "no", "--disable_tqdm", "true"]
 WAYS = {  # rows a rank, accumulation steps, DeepSpeed file: 16 rows a step

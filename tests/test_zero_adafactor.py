@@ -4,7 +4,6 @@
 import argparse
 import copy
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -411,58 +410,3 @@ def test_plain_training_excludes_nothing(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert find_problems(optim="adamw_torch", deepspeed="zero3.json", fp16=True, gradient_accumulation_steps=4) == ""
     assert find_problems(optim_args="step_in_backward=false", gradient_accumulation_steps=4) == ""
-
-
-@pytest.fixture
-def loaded(tmp_path, monkeypatch):
-    """Loads a checkpoint of two ranks, its stage given, into an engine that is given; returns by which function."""
-
-    def load(stage: int, ranks: int, new_stage: int, optimizer) -> str:
-        folder = tmp_path / str(stage)
-        (folder / "global_step5").mkdir(parents=True)
-        (folder / "latest").write_text("global_step5")
-        prefix = "zero_pp_rank_{}_" if stage == 3 else ""
-        for rank in range(2):
-            (folder / f"global_step5/zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").touch()
-            (folder / f"global_step5/{prefix.format(rank)}mp_rank_00_model_states.pt").touch()
-        called = []
-        for name in ("deepspeed_load_checkpoint", "load_zero_checkpoint"):
-            monkeypatch.setattr(zero_adafactor, name, lambda *args, name=name: called.append(name))
-        engine = SimpleNamespace(dp_world_size=ranks, global_rank=0, basic_optimizer=optimizer)
-        engine.zero_optimization_stage = lambda: new_stage
-        zero_adafactor.load_deepspeed_checkpoint(engine, str(folder))
-        return called[0]
-
-    return load
-
-
-@pytest.mark.parametrize(
-    "stage, ranks, new_stage, by",
-    [
-        (2, 2, 2, "deepspeed_load_checkpoint"),
-        (2, 2, 1, "deepspeed_load_checkpoint"),
-        (3, 2, 3, "deepspeed_load_checkpoint"),
-        (3, 2, 2, "load_zero_checkpoint"),
-        (2, 2, 3, "load_zero_checkpoint"),
-        (2, 1, 2, "load_zero_checkpoint"),
-        (3, 4, 3, "load_zero_checkpoint"),
-    ],
-)
-def test_deepspeeds_loader_is_used_on_the_same_ranks_and_stage_and_ours_elsewhere(loaded, stage, ranks, new_stage, by):
-    assert loaded(stage, ranks, new_stage, ZeroAdafactor([torch.nn.Parameter(torch.ones(2))])) == by
-
-
-def test_a_checkpoint_of_another_optimizer_goes_on_on_the_same_ranks_only(loaded):
-    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))])
-    with pytest.raises(zero_adafactor.UsageError, match="saved on 2 processes at ZeRO stage 3.*--optim adafactor"):
-        loaded(3, 1, 3, optimizer)
-    assert loaded(2, 2, 2, optimizer) == "deepspeed_load_checkpoint"
-
-
-def test_under_deepspeed_the_trainer_loads_checkpoints_by_this_module(monkeypatch):
-    stock = transformers.trainer.deepspeed_load_checkpoint
-    monkeypatch.setattr(transformers.trainer, "deepspeed_load_checkpoint", stock)
-    zero_adafactor.choose(SimpleNamespace(deepspeed=None, optim="adamw_torch"))
-    assert transformers.trainer.deepspeed_load_checkpoint is stock
-    zero_adafactor.choose(SimpleNamespace(deepspeed="zero3.json", optim="adamw_torch"))
-    assert transformers.trainer.deepspeed_load_checkpoint is zero_adafactor.load_deepspeed_checkpoint
