@@ -128,7 +128,8 @@ def fits(action: argparse.Action, value) -> bool:
     if name == "parse_value":
         return True
     if isinstance(value, list):
-        return action.nargs == "+" and all(isinstance(item, str) and fits(action, item) for item in value)
+        is_list = action.nargs == "+" or action.dest in ("report_to", "debug", "optim_target_modules")
+        return is_list and all(isinstance(item, str) and fits(action, item) for item in value)
     if isinstance(value, dict):
         return action.dest in JSON_FLAGS.split()
     if isinstance(value, bool):

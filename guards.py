@@ -87,10 +87,6 @@ intermediate_size vocab_size max_position_embeddings n_positions head_dim encode
 DROPOUTS = "dropout dropout_rate attention_dropout activation_dropout hidden_dropout_prob embd_pdrop resid_pdrop "
 DROPOUTS += "attn_pdrop attention_probs_dropout_prob hidden_dropout"
 
-# How Python, safetensors and torch say that a disk is full, read-only or gone.
-DISK_FAULTS = ("No space left", "os error 28", "PytorchStreamWriter", "Read-only file system", "Disk quota exceeded")
-DISK_FAULTS += ("unexpected pos", "Input/output error")
-
 RANK_TIMEOUT = 30  # seconds, of a script without the flag
 
 # What --report_to needs, the first name being what to install.
@@ -607,7 +603,7 @@ def run_and_exit(main) -> None:
             time.sleep(3)  # the launcher ends every rank when the first is gone: let rank 0 speak
         os._exit(2)
     except Exception as error:
-        if sentence := explain_failure(error):
+        if sentence := rank_watch and rank_watch.explain_failure(error):
             print(f"\nerror: {sentence}; start the same command again", file=sys.stderr, flush=True)
             os._exit(3)
         raise
@@ -620,14 +616,6 @@ def run_and_exit(main) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
-
-
-def explain_failure(error: Exception) -> str | None:
-    """A sentence for what the machine did to a run: a disk that is full or read-only, a rank that is gone."""
-    said = " ".join(str(error).split())
-    if any(word in said for word in DISK_FAULTS):
-        return f"a file cannot be written ({said[:200]}): make room, or name another folder; what was whole is kept"
-    return rank_watch.explain_lost_rank(error) if rank_watch else None
 
 
 # ------------------------------------------------------------------------------------------------ generation

@@ -6,8 +6,8 @@
 """
 Ends a run of several ranks in bounded time, with one sentence, where one of them is stopped, killed or cut off.
 
-Optional beside guards.py, which calls it: watch at the start, explain_lost_rank where a collective fails, sign_off at
-the end. Left to themselves the others wait for half an hour (--ddp_timeout), or end in the library's tracebacks, and
+Optional beside guards.py, which calls it: watch at the start, explain_failure where something fails, sign_off at the
+end. Left to themselves the others wait for half an hour (--ddp_timeout), or end in the library's tracebacks, and
 the ranks of a killed `deepspeed` go on by themselves and join the next start (deepspeed 0.19.8).
 """
 
@@ -27,6 +27,10 @@ import torch
 BEAT, DONE = 1.0, "done"  # seconds between two signs of life; the last one
 HOST = socket.gethostname()
 STORE_PATIENCE = datetime.timedelta(seconds=5)  # of one exchange with the ranks' store
+
+# How Python, safetensors and torch say that a disk is full, read-only or gone.
+DISK_FAULTS = ("No space left", "os error 28", "PytorchStreamWriter", "Read-only file system", "Disk quota exceeded")
+DISK_FAULTS += ("unexpected pos", "Input/output error")
 
 current = None  # the Watch of this process
 
@@ -180,3 +184,11 @@ def explain_lost_rank(error: Exception) -> str | None:
         return None
     time.sleep(3 * BEAT)  # the launcher ends this rank too, if it is there: then the Watch speaks
     return current.describe_dead()
+
+
+def explain_failure(error: Exception) -> str | None:
+    """A sentence for what the machine did to a run: a disk that is full or read-only, a rank that is gone."""
+    said = " ".join(str(error).split())
+    if any(word in said for word in DISK_FAULTS):
+        return f"a file cannot be written ({said[:200]}): make room, or name another folder; what was whole is kept"
+    return explain_lost_rank(error)

@@ -238,6 +238,8 @@ def find_artifacts(folder: Path) -> dict[str, str]:
 def log_model(args: argparse.Namespace):
     """Log the folder as a models-from-code pyfunc; returns MLflow's ModelInfo."""
     folder, companions = Path(args.model_dir), [getattr(rg, name.removesuffix(".py")) for name in rg.WITHOUT]
+    if rg.guards:
+        companions += [getattr(rg.guards, name.removesuffix(".py")) for name in rg.guards.COSTS]
     is_adapter, is_chat = describe_model(folder)
     if is_adapter:
         base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")

@@ -314,6 +314,8 @@ def generate_table(table, flags: dict, num_partitions: int | None = None):
 
     context = table.sparkSession.sparkContext
     companions = [getattr(script, name.removesuffix(".py")) for name in script.WITHOUT]
+    if script.guards:
+        companions += [getattr(script.guards, name.removesuffix(".py")) for name in script.guards.COSTS]
     for module in (sys.modules["spark_train"], script, *companions):
         if module:
             context.addPyFile(module.__file__)

@@ -201,10 +201,12 @@ def make_path_absolute(flag: str, value: str) -> str:
 
 def list_needed_paths(script: str, words: list[str]) -> list[str]:
     """The script with what it imports from beside it and what its arguments name: every worker must see it too."""
-    source = Path(script).read_text(encoding="utf-8") if os.path.isfile(script) else ""
-    names = re.findall(r"^\s*import (\w+)$", source, re.MULTILINE)
-    beside = [os.path.join(os.path.dirname(script), f"{name}.py") for name in names]
-    needed, flag = [script, *filter(os.path.exists, beside)], ""
+    needed, flag = [script], ""
+    for path in needed:  # and what that imports: it grows
+        source = Path(path).read_text(encoding="utf-8") if os.path.isfile(path) else ""
+        names = re.findall(r"^\s*import (\w+)$", source, re.MULTILINE)
+        beside = (os.path.join(os.path.dirname(script), f"{name}.py") for name in names)
+        needed += [path for path in beside if os.path.exists(path) and path not in needed]
     for word in words:
         if word.startswith("--"):
             flag, _, value = word.partition("=")

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-import guards
 import rank_watch
 from conftest import ROOT, make_environment
 
@@ -77,5 +76,5 @@ def test_a_rank_told_to_end_by_its_launcher_does_so_in_the_middle_of_a_step(rank
     ],
 )
 def test_a_full_or_read_only_disk_is_one_sentence(said):
-    assert "a file cannot be written" in guards.explain_failure(OSError(said)) and said[:30] in str(OSError(said))
-    assert guards.explain_failure(OSError("else")) is None
+    assert "a file cannot be written" in rank_watch.explain_failure(OSError(said)) and said[:30] in str(OSError(said))
+    assert rank_watch.explain_failure(OSError("else")) is None
