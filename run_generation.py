@@ -311,7 +311,7 @@ def to_message(turn: dict, drop_keys=()) -> dict:
     return {"content": "", **{key: text for key, text in message.items() if text}}
 
 
-def write_table(table, path: Path, vouch) -> None:
+def write_table(table, path: Path, vouch=lambda file: None) -> None:
     """Write CSV, JSONL or Parquet by the ending, under another name first; vouch(file): called when it is whole."""
     unfinished = path.with_name(f".{path.name}.unfinished")
     if path.suffix.lower() == ".csv":

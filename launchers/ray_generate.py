@@ -28,6 +28,7 @@ import logging
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -194,13 +195,16 @@ def generate(args: argparse.Namespace, script) -> None:
     connect(args.address, args.start_timeout)
     check_slots(args)
     table = script.load_table(data_args, model_args)
+    store = script.make_store(table, model_args, data_args, decoding)
+    if store.result is not None:
+        return
     # Here the model is only looked at: what it takes and how it is prompted. Its errors show before a worker starts.
     text_column = script.find_text_column(table.column_names, data_args)
     prompts = script.load_generator(dataclasses.replace(model_args, use_cpu=True), data_args, decoding).prompts
     texts = script.read_texts(table, text_column, prompts.is_chat, data_args.drop_keys or ())
 
     output = Path(data_args.output_file)
-    store = script.open_store(table, text_column, model_args, data_args, decoding, rank=0)
+    store.open()
     rows = [i for i, text in enumerate(texts) if text is not None and (0, i) not in store.found]
     cut = 0
     with tqdm(total=len(rows), desc="Generating", unit="row") as bar:
@@ -213,13 +217,13 @@ def generate(args: argparse.Namespace, script) -> None:
                 cut += int(batch["cut"].sum())
                 bar.update(len(batch["row"]))
     result = table.add_column(data_args.output_column, [store.found.get((0, i), "") for i in range(len(texts))])
-    script.write_table(result, output)
-    store.remove()
     counts = {"rows": len(table), "without a text": texts.count(None), "cut": cut}
     counts |= {"written": len(result), script.ENDED: len(store.found) - len(store.cut_off)}
-    counts |= {script.CUT_OFF: len(store.cut_off), "seconds": round(time.perf_counter() - started, 1)}
-    script.print_counts(counts)
+    counts |= {script.CUT_OFF: len(store.cut_off)}
+    script.write_table(result, output, partial(store.vouch, counts))
+    script.print_counts(counts | {"seconds": round(time.perf_counter() - started, 1)})
     print(f"written: {output}", flush=True)
+    store.remove()
 
 
 def main(argv: list[str] | None = None) -> int:
