@@ -40,8 +40,8 @@ def find_problems(args: argparse.Namespace) -> list[str]:
         "--merge_lora: there is nothing to merge without --lora_r": args.merge_lora and not args.lora_r,
         f"--merge_dtype {args.merge_dtype}: must be one of {', '.join(MERGE_DTYPES)}": args.merge_dtype
         not in MERGE_DTYPES,
-        "--merge_lora: needs tools/merge_lora.py; copy it beside this script": args.merge_lora
-        and not MERGE_TOOL.is_file(),
+        "--merge_lora: needs tools/merge_lora.py and data_prep/whole_files.py; copy them along": args.merge_lora
+        and not (MERGE_TOOL.is_file() and (MERGE_TOOL.parents[1] / "data_prep/whole_files.py").is_file()),
     }
     return [problem for problem, holds in checks.items() if holds]
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The plaintune authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
-"""Output that appears whole, once, and is known again: what the tools here write by.
+"""Output that appears whole, once, and is known again: what the tools here and in tools/ write by.
 
 A tool that was killed, at whatever moment, is started again by the same command and ends with the same files.
 """

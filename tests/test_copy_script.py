@@ -15,9 +15,8 @@ OF_GUARDS += ["portable_checkpoints.py", "rank_watch.py", "value_checks.py"]
 COMPANIONS = [*OF_GUARDS, "fast_batches.py", "guards.py", "model_checks.py", "reports.py", "tables.py"]
 COMPANIONS += ["zero_adafactor.py"]
 GENERATION = [*OF_GUARDS, "chat_turns.py", "generation_store.py", "guards.py", "lora.py", "model_checks.py"]
-GENERATION += ["tables.py"]
-GENERATION += ["tools/merge_lora.py"]
-CHAT = ["chat_turns.py", "lora.py", "tools/merge_lora.py"]
+GENERATION += ["data_prep/whole_files.py", "tables.py", "tools/merge_lora.py"]
+CHAT = ["chat_turns.py", "data_prep/whole_files.py", "lora.py", "tools/merge_lora.py"]
 CHAT += [f"prompt_templates/{name}.jinja" for name in ("alpaca", "chatml", "llama2")]
 
 
@@ -37,8 +36,8 @@ def list_files(folder: Path) -> list[str]:
         ("run_clm_instruct.py", [*COMPANIONS, *CHAT]),
         ("run_generation.py", GENERATION),
         ("guards.py", OF_GUARDS),
-        ("tools/merge_lora.py", []),
-        ("tools/plan_run.py", ["tools/init_model.py", "zero_adafactor.py"]),
+        ("tools/merge_lora.py", ["data_prep/whole_files.py"]),
+        ("tools/plan_run.py", ["data_prep/whole_files.py", "tools/init_model.py", "zero_adafactor.py"]),
     ],
 )
 def test_a_script_comes_with_what_it_uses_and_with_nothing_else(script, used, tmp_path, capsys):

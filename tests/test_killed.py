@@ -26,7 +26,8 @@ MODELS = {
     ),
     "tools/init_model.py": ("--train_file train.csv --vocab_size 300 --output_dir made/model", "--seed 7"),
     "run_generation.py": (
-        "--model_name_or_path t5 --input_file train.csv --output_file made/new/out.csv --max_new_tokens 4",
+        "--model_name_or_path t5 --input_file train.csv --output_file made/new/out.csv --max_new_tokens 4"
+        " --max_tokens_per_batch 300",
         "--num_beams 2",
     ),
 }

@@ -1,5 +1,5 @@
 # Copyright 2026 The plaintune authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
-"""whole_files.py: output that appears whole, once, and is known again. Every tool of tools/ has the same code."""
+"""whole_files.py: output that appears whole, once, and is known again. The tools of tools/ use it too."""
 
 import argparse
 import os

@@ -53,7 +53,7 @@ def find_imported(path):
             modules |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
             modules.add(node.module)
-    places = [path.parent, Path()]  # beside it, or at the top
+    places = [path.parent, Path(), Path("data_prep")]  # beside it, at the top, or where tools/ looks too
     found = (next((p / f"{m}.py" for p in places if (ROOT / p / f"{m}.py").is_file()), None) for m in sorted(modules))
     return [name for name in found if name is not None]
 

@@ -22,14 +22,9 @@ end token, without a start, which is what a decoder has to learn to write.
 """
 
 import argparse
-import fcntl
-import hashlib
 import inspect
-import json
 import os
-import shutil
 import sys
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -44,6 +39,9 @@ from transformers import (
     PreTrainedTokenizerFast,
     set_seed,
 )
+
+sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "data_prep"))
+from whole_files import Output, describe_command
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -270,95 +268,6 @@ def describe_joined(args, model, tokenizer, target_tokenizer, drawn):
         f"the attention to the encoder{head}",
         f"train it: run_summarization.py --model_name_or_path {args.output_dir}",
     ]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Output that appears whole, once, and is known again
-
-
-def hash_file(path):
-    """Return a file's checksum."""
-    digest = hashlib.blake2b(digest_size=16)
-    with open(path, "rb") as stream:
-        while piece := stream.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
-def describe_command(args, *inputs):
-    """Return a checksum of what decides an output: the flags, and the content of files and of folders' own files."""
-    places = ("output_dir", "output_file", "cache_dir", "work_dir", "token", "master", "engine_address")
-    flags = {name: value for name, value in vars(args).items() if name not in places}
-    paths = [Path(path) for path in inputs if path is not None]
-    files = [file for path in paths for file in (sorted(path.glob("[!.]*")) if path.is_dir() else [path])]
-    sums = [(file.name, hash_file(file)) for file in files if file.is_file() and os.access(file, os.R_OK)]
-    text = json.dumps([flags, sums], sort_keys=True, default=str)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
-class Output:
-    """
-    Files that appear in a folder when all of them are whole, and that the command that made them knows again.
-
-    They are written into .NAME.unfinished; .NAME.complete.json lists their checksums; then they are renamed.
-    """
-
-    def __init__(self, folder, name, command):
-        self.folder, self.command = Path(folder), command
-        self.aside, self.marker = self.folder / f".{name}.unfinished", self.folder / f".{name}.complete.json"
-
-    def is_finished(self):
-        """Return whether all is there as this command left it; what a kill left to be renamed is renamed now."""
-        try:
-            marked = json.loads(self.marker.read_text(encoding="utf-8"))
-            names, found = marked["files"], (self.folder, self.aside / "files")
-            places = {name: next(folder / name for folder in found if (folder / name).exists()) for name in names}
-            if marked["command"] != self.command or any(hash_file(places[n]) != names[n] for n in names):
-                return False
-            self.put_in_place(names)
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, StopIteration):
-            return False
-        print(f"{self.folder}: holds what this command makes, finished: {', '.join(names)}", flush=True)
-        return True
-
-    def write(self, write):
-        """Have write(folder) write the files, and put them in place. ValueError where something is in their way."""
-        self.aside.mkdir(parents=True, exist_ok=True)
-        with open(self.aside / "lock", "w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a dead process holds none
-            except OSError:
-                raise ValueError(f"{self.folder}: another run writes there, or it cannot be locked") from None
-            try:
-                names = self.fill(self.aside / "files", write)
-            except BaseException:
-                shutil.rmtree(self.aside, ignore_errors=True)
-                raise
-            self.put_in_place(names)
-
-    def fill(self, files, write):
-        """Write the files aside, vouch for them in the marker and return their names."""
-        shutil.rmtree(files, ignore_errors=True)  # of a run that was killed
-        files.mkdir()
-        write(files)
-        paths = [path for path in sorted(files.rglob("*")) if path.is_file()]
-        names = {str(path.relative_to(files)): hash_file(path) for path in paths}
-        if taken := [name for name in names if os.path.lexists(self.folder / name)]:
-            raise ValueError(f"{self.folder}: {', '.join(taken)} appeared meanwhile; name another place")
-        os.umask(umask := os.umask(0))
-        for path in paths:
-            path.chmod(0o666 & ~umask)  # safetensors says 0600: others could not read the model
-        marker = self.aside / "marker"
-        marker.write_text(json.dumps({"command": self.command, "files": names}, indent=1), encoding="utf-8")
-        os.replace(marker, self.marker)
-        return names
-
-    def put_in_place(self, names):
-        for name in names:
-            (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
-            with suppress(FileNotFoundError):  # it is there already
-                os.replace(self.aside / "files" / name, self.folder / name)
-        shutil.rmtree(self.aside, ignore_errors=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
