@@ -55,7 +55,7 @@ merge_lora merge_dtype prediction_loss_only include_for_metrics batch_eval_metri
 """.split()
 # What may change as well, and is said: the run goes on to the new end.
 LENGTHS = ("num_train_epochs", "max_steps")
-# Told in other words: the first three as one product, the others by the content of what they name.
+# Told in other words: the first two as one product with the ranks, the last two by the content of what they name.
 TOLD_OTHERWISE = {"per_device_train_batch_size", "gradient_accumulation_steps", "auto_find_batch_size"}
 TOLD_OTHERWISE |= {"model_name_or_path", "train_file"}
 
@@ -101,10 +101,9 @@ def list_files(folder: Path, skip=()) -> list[Path]:
     return [p for p in found if not p.parts[0].startswith((".", *skip)) and p.name not in names]
 
 
-def write_aside(path: Path, content: dict) -> None:
-    """Write JSON under another name, and rename it when it is whole."""
+def write_marker(path: Path, content: dict) -> None:
     aside = path.with_name(f".{path.name}.unfinished")
-    aside.write_text(json.dumps(content, indent=1, default=str), encoding="utf-8")
+    aside.write_text(json.dumps(content, indent=1), encoding="utf-8")
     os.replace(aside, path)
 
 
@@ -116,11 +115,11 @@ def set_modes(folder: Path, skip=()) -> None:
             path.chmod(0o666 & ~umask)
 
 
-def mark_complete(folder: Path, skip=(), **more) -> None:
+def mark_complete(folder: Path, skip=()) -> None:
     """Write complete.json of the files that lie in a folder."""
     set_modes(folder, skip)
     files = {str(p): [(folder / p).stat().st_size, hash_file(folder / p)] for p in list_files(folder, skip)}
-    write_aside(folder / MARKER, {"files": files, **more})
+    write_marker(folder / MARKER, {"files": files})
 
 
 def explain_incomplete(folder: Path) -> str | None:
@@ -251,7 +250,7 @@ def hash_settings(content: dict) -> str:
 
 def write_settings(folder: Path, settings: dict) -> None:
     content = {"settings": settings, "versions": find_versions()}
-    write_aside(folder / SETTINGS, content | {"checksum": hash_settings(content)})
+    write_marker(folder / SETTINGS, content | {"checksum": hash_settings(content)})
 
 
 def compare_settings(old: dict, new: dict) -> list[str]:

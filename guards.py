@@ -66,7 +66,6 @@ LEAST = dict.fromkeys(("max_source_length", "max_target_length", "val_max_target
 LEAST |= dict.fromkeys(("max_train_samples", "max_eval_samples", "max_predict_samples", "max_new_tokens"), 1)
 LEAST |= {"preprocessing_num_workers": 1, "max_seq_length": 8}
 
-# T5's activations leave fp16's range: the loss turns NaN (https://github.com/huggingface/transformers/issues/4586).
 # Of AutoModelForSeq2SeqLM's types (5.23), those that run_summarization.py refuses.
 NOT_TRAINED = {"fsmt": "a batch's padding changes their losses (5.23)"}
 NOT_TRAINED["nllb-moe"] = "its experts drop what is too much for them of a batch, so that losses depend on the batch"
@@ -74,6 +73,8 @@ NOT_TRAINED |= dict.fromkeys(("seamless_m4t", "seamless_m4t_v2"), "they generate
 HEAR = "audioflamingo3 glmasr granite_speech granite_speech_plus moss_transcribe_diarize musicflamingo nemo_speechlm "
 HEAR += "qwen2_audio qwen3_asr vibevoice_asr voxtral voxtral_realtime"
 NOT_TRAINED |= dict.fromkeys(HEAR.split(), "they read sound, not text alone")
+
+# T5's activations leave fp16's range: the loss turns NaN (https://github.com/huggingface/transformers/issues/4586).
 FP16_OVERFLOWS = ("t5", "mt5", "umt5", "longt5", "switch_transformers", "pix2struct", "udop")
 
 ENCODER = "is an encoder, which writes no text; give another, or make an encoder-decoder of it (tools/join_models.py)"

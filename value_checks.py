@@ -84,7 +84,7 @@ UNWORKABLE = (
     ("batch_eval_metrics", lambda a: is_scored(a) and a.batch_eval_metrics, "ROUGE is taken over all rows at once"),
     ("use_liger_kernel", lambda a: a.use_liger_kernel and not find_spec("liger_kernel"), "needs liger-kernel"),
     ("load_best_model_at_end", lambda a: not saves_what_it_evaluates(a), "needs --eval_strategy as --save_strategy"),
-    ("push_to_hub", lambda a: a.push_to_hub and not can_push(a), "needs the hub, --hub_token or `hf auth login`"),
+    ("push_to_hub", lambda a: a.push_to_hub and not can_push(a), "needs the hub, and --token or `hf auth login`"),
     ("parallelism_config", lambda a: a.parallelism_config, "cannot be given on a command line"),
     ("fp16, --bf16", lambda a: a.fp16 and a.bf16, "one of the two"),
 )
@@ -100,8 +100,7 @@ def saves_what_it_evaluates(args: argparse.Namespace) -> bool:
 
 
 def can_push(args: argparse.Namespace) -> bool:
-    token = args.hub_token or args.token or huggingface_hub.get_token()
-    return token is not None and not huggingface_hub.constants.HF_HUB_OFFLINE
+    return (args.token or huggingface_hub.get_token()) is not None and not huggingface_hub.constants.HF_HUB_OFFLINE
 
 
 def is_number(value) -> bool:
