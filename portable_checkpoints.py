@@ -288,13 +288,13 @@ def refusing(checkpoint: str, refusal: type[Exception]):
 def load_deepspeed_checkpoint(engine, checkpoint_path: str, load_module_strict: bool = True, refusal=ValueError):
     """In the place of the trainer's function of that name: no code is run, and other ranks and stages are moved to."""
     folder, stage = Path(checkpoint_path), int(engine.zero_optimization_stage())
-    engine.checkpoint_engine.load = partial(
-        load_safely, mmap=False
-    )  # DeepSpeed's own runs what a pickle says (0.19.8)
+    # DeepSpeed's own runs what a pickle says (0.19.8).
+    engine.checkpoint_engine.load = partial(load_safely, mmap=False)
     with refusing(checkpoint_path, refusal):
-        own = (engine.dp_world_size, stage == 3) if stage else None
-        if find_layout(folder) == own and (folder / "latest").is_file():
+        own, found = (engine.dp_world_size, stage == 3) if stage else None, find_layout(folder)
+        if found == own and (folder / "latest").is_file():
             return deepspeed_load_checkpoint(engine, checkpoint_path, load_module_strict)
         if engine.global_rank == 0:
-            print(f"{folder} was saved otherwise; going on with {engine.dp_world_size} at stage {stage}", flush=True)
+            before = f"on {found[0]} processes of ZeRO-{'3' if found[1] else '1 or 2'}" if found else "without ZeRO"
+            print(f"{folder} was saved {before}; going on with {engine.dp_world_size} at stage {stage}", flush=True)
         return load_into_engine(engine, folder)

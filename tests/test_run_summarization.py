@@ -354,7 +354,7 @@ def test_a_checkpoint_of_two_ranks_of_zero3_goes_on_with_one_rank_of_zero2(adafa
     zero = ["--deepspeed", ROOT / "ds_configs/zero2.json", "--save_strategy", "no", "--output_dir", "out"]
     rows = ["--per_device_train_batch_size", "12"]
     printed = run_warm(SCRIPT, *adafactor_ways["common"], *zero, *rows, cwd=tmp_path).stdout  # no launcher: one rank
-    assert "saved on 2 processes; going on with 1" in printed
+    assert "was saved on 2 processes of ZeRO-3; going on with 1 at stage 2" in printed
     expected, found = history(adafactor_ways["one"], "loss"), history(tmp_path / "out", "loss")
     assert len(found) == 50 and found[25:] == pytest.approx(expected[25:], rel=1e-4)
     assert history(tmp_path / "out", "learning_rate") == pytest.approx(history(adafactor_ways["one"], "learning_rate"))
