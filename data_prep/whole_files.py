@@ -12,6 +12,10 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
+# What a training leaves beside its model: times are in it, which decide nothing.
+BESIDE_A_MODEL = {"complete.json", "run.json", "trainer_state.json", "training_args.bin", "README.md"}
+BESIDE_A_MODEL |= {f"{name}_results.json" for name in ("all", "train", "eval", "predict")}
+
 
 def hash_file(path):
     """Return a file's checksum."""
@@ -27,10 +31,15 @@ def describe_command(args, *inputs):
     places = ("output_dir", "output_file", "cache_dir", "work_dir", "token", "master", "engine_address")
     flags = {name: value for name, value in vars(args).items() if name not in places}
     paths = [Path(path) for path in inputs if path is not None]
-    files = [file for path in paths for file in (sorted(path.glob("[!.]*")) if path.is_dir() else [path])]
+    files = [file for path in paths for file in (list_own_files(path) if path.is_dir() else [path])]
     sums = [(file.name, hash_file(file)) for file in files if file.is_file() and os.access(file, os.R_OK)]
     text = json.dumps([flags, sums], sort_keys=True, default=str)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def list_own_files(folder):
+    """Return a folder's own files, but for what a training leaves beside its model."""
+    return [path for path in sorted(folder.glob("[!.]*")) if path.name not in BESIDE_A_MODEL and path.suffix != ".png"]
 
 
 class Output:

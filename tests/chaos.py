@@ -4,11 +4,13 @@ Kills runs at random moments, starts each again by the same command, and compare
 
     python tests/chaos.py --kills 1000 --seed 1          # or make chaos KILLS=1000
     python tests/chaos.py --kills 50 --only zero2 zero3
+    python tests/chaos.py --seed 1 --chain 17            # one of the chains again
 
-A chain is one to four kills of one command in one folder, and then a start that is left alone. Half of the kills come
-at any moment of a run, half after its last step: in the final save, the evaluation, the curves, the marker. Equal are
-the bytes of weights, optimizer, texts and tables, and the history but for its times. The first chain that ends
-otherwise is kept in --keep. Everything runs in forks of this process, which has the libraries loaded.
+A chain is one to four kills of one command in one folder, and then a start that is left alone. Half of the kills of a
+training come at any moment, half after its last step: in the last save, evaluation, curves, marker. Equal are the
+bytes of weights, optimizer, texts and tables, and the history but for its times; of generation and data tools all
+files. The first chain that ends otherwise is kept in --keep. Everything runs in forks of this
+process, which has the libraries loaded, --workers chains at a time.
 """
 
 import argparse
@@ -22,6 +24,8 @@ import tempfile
 import time
 from collections import Counter
 from contextlib import suppress
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import datasets  # noqa: F401
@@ -41,6 +45,16 @@ SUMMARIZATION += ["--output_dir", "out"]
 INSTRUCT = ["{work}/../run_clm_instruct.py", "--model_name_or_path", "{place}/tiny-llama", *TRAINING]
 INSTRUCT += ["--train_file", "{place}/train.jsonl", "--validation_file", "{place}/validation.jsonl", "--packing"]
 INSTRUCT += ["--max_seq_length", "256", "--prompt_template", "dolly", "--learning_rate", "1e-3", "--output_dir", "out"]
+GENERATION = ["{work}/../run_generation.py", "--model_name_or_path", "{work}/tiny-t5", "--max_new_tokens", "24"]
+GENERATION += ["--input_file", "{work}/many.csv", "--output_file", "out/a.csv", "--max_tokens_per_batch", "2000"]
+TOOLS = {
+    "make_sample_reviews": "--num_reviews 30000 --output_file out/a.tsv",
+    "prepare_reviews": "--input_file {work}/many.csv --output_dir out/data",
+    "prepare_instruct": "--input_file {place}/train.jsonl --output_dir out/data",
+    "encode_labels": "--input_file {work}/many.csv --validation_file {work}/validation.csv --label_column product_id"
+    " --output_dir out/data",
+    "measure_dataset": "--train_file {work}/many.csv --model_name_or_path {work}/tiny-t5 --output_dir out/report",
+}
 
 # Name: (share of the chains, ranks, command, when its last step is over, what must be equal).
 END, WHOLE = "out/checkpoint-6/trainer_state.json", ("*.safetensors", "checkpoint-6/**/*.pt", "*.jsonl", "*.json")
@@ -51,6 +65,11 @@ TARGETS = {
     "merged": (1, 0, [*INSTRUCT, "--lora_r", "4", "--merge_lora"], END, (*WHOLE, "merged/*")),
     "zero2": (2, 2, [*SUMMARIZATION, "--deepspeed", "{work}/../ds_configs/zero2.json"], END, WHOLE),
     "zero3": (2, 2, [*SUMMARIZATION, "--deepspeed", "{work}/../ds_configs/zero3.json"], END, WHOLE),
+    "generation": (2, 0, GENERATION, None, ("**/*",)),
+    **{
+        name: (0.4, 0, [f"{{work}}/../data_prep/{name}.py", *words.split()], None, ("**/*",))
+        for name, words in TOOLS.items()
+    },
 }
 TIMES = ("_runtime", "_per_second", "total_flos")
 NOT_COMPARED = ("run.json", "complete.json")  # of other versions, or with the times of others in it
@@ -115,8 +134,22 @@ def read(folder: Path, patterns: tuple) -> dict:
     return found
 
 
-def run_chain(name: str, whole: dict, seconds: tuple, words: list, dice: random.Random, folder: Path) -> tuple:
-    """(kills, of them late, what differs or None) of one chain of a target."""
+def run_chain(number: int, seed: int, names: list, words: dict, references: dict, base: Path, keep: Path) -> tuple:
+    """(target, kills, of them late, what differs or None) of the chain of that number."""
+    dice = random.Random(f"{seed} {number}")
+    name = dice.choices(names, [TARGETS[name][0] for name in names])[0]
+    folder = base / f"chain{number}"
+    folder.mkdir()
+    kills, late, why = kill_and_go_on(name, *references[name], words[name], dice, folder)
+    if why:
+        with suppress(FileExistsError):
+            shutil.copytree(folder, keep)
+    shutil.rmtree(folder)
+    return name, kills, late, f"chain {number}, {name}: {why}" if why else None
+
+
+def kill_and_go_on(name: str, whole: dict, seconds: tuple, words: list, dice: random.Random, folder: Path) -> tuple:
+    """(kills, of them late, what differs or None)."""
     _, ranks, _, end, patterns = TARGETS[name]
     kills = late = 0
     for _ in range(dice.randint(1, 4)):
@@ -140,9 +173,11 @@ def run_chain(name: str, whole: dict, seconds: tuple, words: list, dice: random.
     return kills, late, f"other than a run never killed: {different}" if different else None
 
 
-def run_reference(name: str, words: list, folder: Path) -> tuple[dict, tuple]:
+def run_reference(name: str, words: dict, base: Path) -> tuple[dict, tuple]:
     """The results of a run that is left alone, and its seconds: in all, and after its last step."""
     _, ranks, _, end, patterns = TARGETS[name]
+    words, folder = words[name], base / name
+    folder.mkdir()
     run, begun = Run(words, ranks, folder, 19_999), time.monotonic()
     run.wait(lambda: end is None or (folder / end).exists())
     ended = time.monotonic()
@@ -155,49 +190,43 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.strip().split("\n\n")[0])
     parser.add_argument("--kills", type=int, default=100, help="Stop after so many kills.")
     parser.add_argument("--seed", type=int, default=1, help="Seed of targets and moments.")
+    parser.add_argument("--chain", type=int, help="Only the chain of this number.")
     parser.add_argument("--only", nargs="*", default=[*TARGETS], choices=[*TARGETS], help="Targets. Default: all.")
+    parser.add_argument("--workers", type=int, default=2, help="Chains at a time.")
     parser.add_argument("--keep", default="chaos_failed", help="Folder for the first chain that ends otherwise.")
     args = parser.parse_args()
-    dice, begun = random.Random(args.seed), time.monotonic()
-    base = Path(tempfile.mkdtemp())  # a TemporaryDirectory would be removed at the exit of every fork
+    begun, base = time.monotonic(), Path(tempfile.mkdtemp())  # a TemporaryDirectory would go with every fork's exit
     for name, make in (("work", conftest.make_work), ("place", conftest.make_place)):
         (base / name).mkdir()
         make(base / name)
     places = {"work": str(base / "work"), "place": str(base / "place")}
-    words = {
-        name: [w.format(**places).replace(f"{base}/work/..", str(ROOT)) for w in TARGETS[name][2]]
-        for name in args.only
-    }
-    references = {}
-    for name in args.only:
-        (base / name).mkdir()
-        references[name] = run_reference(name, words[name], base / name)
-        print(
-            f"{name}: {references[name][1][0]:.1f} s, {references[name][1][1]:.1f} s after its last step",
-            flush=True,
-        )
+    words = {n: [w.format(**places).replace(f"{base}/work/..", str(ROOT)) for w in TARGETS[n][2]] for n in args.only}
+    pool = get_context("fork").Pool(args.workers)
+    references = dict(
+        zip(args.only, pool.map(partial(run_reference, words=words, base=base), args.only, 1), strict=True)
+    )
+    for name, (_, seconds) in references.items():
+        print(f"{name:<22}{seconds[0]:5.1f} s, {seconds[1]:4.1f} s after its last step", flush=True)
+    names, keep = args.only, Path(args.keep)
+    chain = partial(run_chain, seed=args.seed, names=names, words=words, references=references, base=base, keep=keep)
     kills, late, chains, equal, failed = 0, 0, Counter(), Counter(), []
-    while kills < args.kills:
-        name = dice.choices(args.only, [TARGETS[name][0] for name in args.only])[0]
-        folder = base / f"chain{sum(chains.values())}"
-        folder.mkdir()
-        count, late_count, why = run_chain(name, *references[name], words[name], dice, folder)
+    for name, count, late_count, why in pool.imap_unordered(chain, [args.chain] if args.chain else range(10**6)):
         kills, late, chains[name] = kills + count, late + late_count, chains[name] + 1
         equal[name] += why is None
         if why:
-            failed.append(f"{name}: {why}")
-            print(failed[-1], flush=True)
-            if len(failed) == 1:
-                shutil.copytree(folder, args.keep, dirs_exist_ok=True)
-        shutil.rmtree(folder)
+            failed.append(why)
+            print(f"\n{why}", flush=True)
         minutes = (time.monotonic() - begun) / 60
         print(f"\r{kills} kills, {sum(chains.values())} chains, {minutes:.1f} minutes", end="", flush=True)
-    shutil.rmtree(base)
-    print(f"\n{'target':<16}{'chains':>8}{'equal':>8}")
+        if kills >= args.kills:
+            break
+    print(f"\n{'target':<22}{'chains':>8}{'equal':>8}")
     for name in args.only:
-        print(f"{name:<16}{chains[name]:>8}{equal[name]:>8}")
+        print(f"{name:<22}{chains[name]:>8}{equal[name]:>8}")
     print(f"{kills} kills, {late} of them after the last step; seed {args.seed}, {minutes:.1f} minutes")
-    print(f"{sum(equal.values())} of {sum(chains.values())} chains ended equal")
+    print(f"{sum(equal.values())} of {sum(chains.values())} chains ended equal", flush=True)
+    pool.terminate()
+    shutil.rmtree(base, ignore_errors=True)
     sys.exit(1 if failed else 0)
 
 

@@ -37,6 +37,18 @@ def test_files_have_the_modes_that_the_umask_says(tmp_path):
     assert {oct((tmp_path / name).stat().st_mode & 0o777) for name in NAMES} == {"0o640"}
 
 
+def test_what_a_training_says_of_itself_beside_its_model_decides_nothing(tmp_path):
+    args = argparse.Namespace(dtype="float32", output_dir="a")
+    for name in ("adapter_model.safetensors", "trainer_state.json", "complete.json", "all_results.json", "curves.png"):
+        (tmp_path / name).write_text("1")
+    before = describe_command(args, tmp_path)
+    for name in ("trainer_state.json", "complete.json", "all_results.json", "curves.png"):
+        (tmp_path / name).write_text("2")
+    assert describe_command(args, tmp_path) == before
+    (tmp_path / "adapter_model.safetensors").write_text("2")
+    assert describe_command(args, tmp_path) != before
+
+
 def test_only_the_command_that_made_it_knows_an_output_and_only_unchanged(made):
     assert list_names(made) == [".tool.complete.json", *NAMES]
     assert Output(made, "tool", "command").is_finished()
