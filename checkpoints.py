@@ -321,7 +321,7 @@ def inspect_folder(settings: dict, training_args) -> tuple[str | None, dict | No
         take_lock(folder)
     if named is not None and named.lower() not in ("true", "false"):
         named = Path(named)
-        if why := explain_fault(named, ours=False):
+        if why := explain_fault(named, ours=read_settings(named.parent) is not None):
             raise FolderError(f"--resume_from_checkpoint {named}: {why}")
         check_settings(read_settings(named.parent), settings, f"--resume_from_checkpoint {named}")
         return str(named), None

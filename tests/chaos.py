@@ -173,6 +173,15 @@ def kill_and_go_on(name: str, whole: dict, seconds: tuple, words: list, dice: ra
     return kills, late, f"other than a run never killed: {different}" if different else None
 
 
+def make_commands(names: list, base: Path) -> dict[str, list]:
+    """{target: its command}, of models and tables made in base."""
+    for name, make in (("work", conftest.make_work), ("place", conftest.make_place)):
+        (base / name).mkdir()
+        make(base / name)
+    places = {"work": str(base / "work"), "place": str(base / "place")}
+    return {n: [w.format(**places).replace(f"{base}/work/..", str(ROOT)) for w in TARGETS[n][2]] for n in names}
+
+
 def run_reference(name: str, words: dict, base: Path) -> tuple[dict, tuple]:
     """The results of a run that is left alone, and its seconds: in all, and after its last step."""
     _, ranks, _, end, patterns = TARGETS[name]
@@ -196,11 +205,7 @@ def main() -> None:
     parser.add_argument("--keep", default="chaos_failed", help="Folder for the first chain that ends otherwise.")
     args = parser.parse_args()
     begun, base = time.monotonic(), Path(tempfile.mkdtemp())  # a TemporaryDirectory would go with every fork's exit
-    for name, make in (("work", conftest.make_work), ("place", conftest.make_place)):
-        (base / name).mkdir()
-        make(base / name)
-    places = {"work": str(base / "work"), "place": str(base / "place")}
-    words = {n: [w.format(**places).replace(f"{base}/work/..", str(ROOT)) for w in TARGETS[n][2]] for n in args.only}
+    words = make_commands(args.only, base)
     pool = get_context("fork").Pool(args.workers)
     references = dict(
         zip(args.only, pool.map(partial(run_reference, words=words, base=base), args.only, 1), strict=True)
