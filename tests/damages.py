@@ -6,8 +6,8 @@ Damages every file that a training leaves, one at a time, and starts the trainin
     python tests/damages.py --only zero2 --every 5       # each fifth
 
 Each file of the newest checkpoint of a run that was killed after its last step, and each file of a finished run, is
-deleted, emptied, halved, and has a bit flipped at a place that --seed draws. The next start must end as the run
-that nothing happened to (chaos.py says what is compared), or be refused in a sentence. Printed: how many ended how, and
+deleted, emptied, halved, and has a bit flipped at a place that --seed draws. The next start must end as the run that
+nothing happened to (chaos.py says what is compared), or be refused in a sentence. Printed: how many ended how, and
 which of the equal ones had a damage that no line names. Exit code 1 where one was silent, or ended in a traceback.
 """
 

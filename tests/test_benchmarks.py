@@ -87,6 +87,16 @@ def test_the_start_up_table_names_what_main_calls_and_ends_after_the_first_step(
     assert not (tmp_path / "out/model.safetensors").exists()
 
 
+def test_what_vouching_for_checkpoints_costs_is_told_in_five_lines(work, tmp_path):
+    words = ["--model_name_or_path", work / "tiny-t5", "--do_train", "--train_file", work / "train.csv"]
+    words = [ROOT / "run_summarization.py", *words, "--max_steps", "2", "--save_steps", "1", "--output_dir", "out"]
+    printed = run_warm(ROOT / "benchmarks/checkpoint_cost.py", *words, cwd=tmp_path).stdout
+    found = dict(line.removesuffix(" s").rsplit(maxsplit=1) for line in printed.splitlines()[-5:])
+    saving, added = float(found["the trainer saves one"]), float(found["checkpoints.py adds"])
+    assert found["checkpoints"] == "2" and added > 0 and float(found["at the start checkpoints.py takes"]) > 0
+    assert float(found["ratio"]) == pytest.approx(1 + added / saving, rel=0.1)
+
+
 def test_latency_is_measured_row_by_row(trained, work, tmp_path):
     words = ["--model_name_or_path", trained, "--input_file", work / "validation.csv", "--max_new_tokens", "4"]
     done = run_warm(ROOT / "benchmarks/latency.py", *words, "--num_rows", "6", "--json", "t.json", cwd=tmp_path)
