@@ -432,8 +432,12 @@ class FiniteRun(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.finite, self.logged = torch.zeros((), dtype=torch.long, device=args.device), state.global_step
+        self.skipped = getattr(self.trainer.model_wrapped, "skipped_steps", 0)
 
     def on_step_end(self, args, state, control, **kwargs):
+        # DeepSpeed passes over a step whose gradients are not finite, in any precision (0.19.8); fp16 lives by that.
+        if getattr(self.trainer.model_wrapped, "skipped_steps", 0) > self.skipped and not args.fp16:
+            self.end(args, f"step {state.global_step}: the gradients are no longer finite numbers")
         self.finite += torch.isfinite(self.trainer._tr_loss)
         if control.should_save or state.global_step >= state.max_steps:
             self.check_loss(args, state)
@@ -597,6 +601,8 @@ def run_and_exit(main) -> None:
     try:
         main()
     except UsageError as error:
+        if rank_watch:
+            rank_watch.sign_off()  # or the others would name this rank dead
         if int(os.environ.get("RANK", 0)) == 0:
             lines = str(error).split("\n")
             print("".join(f"\nerror: {line}" for line in lines), file=sys.stderr, flush=True)
