@@ -360,6 +360,7 @@ def start_ranks(args: argparse.Namespace) -> None:
         threads = max(1, (os.cpu_count() or 1) // ranks)
         threads = int(os.environ.setdefault("OMP_NUM_THREADS", str(threads)))
         torch.set_num_threads(threads)
+        os.environ["DS_ACCELERATOR"] = "cpu"  # or DeepSpeed, where accelerate looks for it, warns on every rank
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"No accelerator in use: running on the CPU (--use_cpu), {threads} threads a process.", flush=True)
 

@@ -28,9 +28,9 @@ BEAT, DONE = 1.0, "done"  # seconds between two signs of life; the last one
 HOST = socket.gethostname()
 STORE_PATIENCE = datetime.timedelta(seconds=5)  # of one exchange with the ranks' store
 
-# How Python, safetensors and torch say that a disk is full, read-only or gone.
-DISK_FAULTS = ("No space left", "os error 28", "PytorchStreamWriter", "Read-only file system", "Disk quota exceeded")
-DISK_FAULTS += ("unexpected pos", "Input/output error")
+# How the libraries say that a disk is full, read-only or gone, and that another rank broke off the connection.
+DISK_FAULTS = ("No space left", "Read-only file", "Disk quota", "Input/output error", "StreamWriter", "unexpected pos")
+BROKEN_OFF = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo", "NCCL", "Timed out")
 
 current = None  # the Watch of this process
 
@@ -63,7 +63,8 @@ class Watch(threading.Thread):
             if find_launchers() != self.launchers:
                 end(f"rank {self.rank}: the program that started the ranks is gone, so they end")
             if select.select([self.terminated], [], [], 0)[0] and signal.getsignal(signal.SIGTERM) is ignore:
-                end(self.describe_dead() if self.speaks() else None, 128 + signal.SIGTERM)
+                told = DONE in [sign for sign, _ in self.seen.values()]  # by a rank that ended for its own reason
+                end(self.describe_dead() if self.speaks() and not told else None, 128 + signal.SIGTERM)
             if (lost := self.find_lost()) is not None and not self.done.is_set():
                 end(lost if self.speaks() else None)
 
@@ -96,9 +97,8 @@ class Watch(threading.Thread):
         if began and now - self.answered > self.patience:
             return f"rank 0, or its machine, has not answered for {self.patience:.0f} s"
         late = [rank for rank, when in began.items() if now - when > self.patience and rank != self.rank]
-        return (
-            f"{self.name_rank(late[0])} has not answered for {self.patience:.0f} s: stopped, or gone" if late else None
-        )
+        silence = f"has not answered for {self.patience:.0f} s: stopped, or gone"
+        return f"{self.name_rank(late[0])} {silence}" if late else None
 
     def describe_dead(self) -> str:
         """A sentence on the rank that is dead, when the launcher ends the others."""
@@ -121,8 +121,8 @@ class Watch(threading.Thread):
     def speaks(self) -> bool:
         """Whether this rank is the first of those that live."""
         now = time.monotonic()
-        alive = [rank for rank, (sign, when) in self.seen.items() if sign and now - when <= self.patience]
-        alive = [rank for rank in alive if not self.is_dead(rank)]
+        recent = [rank for rank, (sign, when) in self.seen.items() if sign and now - when <= self.patience]
+        alive = [rank for rank in recent if not self.is_dead(rank)]
         return now - self.answered > self.patience or self.rank == min(alive, default=self.rank)
 
 
@@ -177,18 +177,24 @@ def sign_off() -> None:
     current = None
 
 
-def explain_lost_rank(error: Exception) -> str | None:
-    """A sentence where an exception says that another rank broke off the connection; None for any other."""
-    words = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo", "NCCL", "Timed out")
-    if current is None or not isinstance(error, RuntimeError) or not any(word in str(error) for word in words):
-        return None
-    time.sleep(3 * BEAT)  # the launcher ends this rank too, if it is there: then the Watch speaks
-    return current.describe_dead()
+def let_others_speak() -> str:
+    """The name of this rank, which ends for a reason of its own; or end at once, where another has ended for one."""
+    watching = current
+    sign_off()  # or the others would name this rank dead
+    if watching is None:
+        return ""
+    if select.select([watching.terminated], [], [], (2 if watching.rank else 1.5) * BEAT)[0]:  # they read the sign
+        end(None)
+    return f"rank {watching.rank} on {HOST}: "
 
 
 def explain_failure(error: Exception) -> str | None:
-    """A sentence for what the machine did to a run: a disk that is full or read-only, a rank that is gone."""
+    """A sentence for what the machine did to a run: a disk that is full or read-only, another rank that is gone."""
     said = " ".join(str(error).split())
     if any(word in said for word in DISK_FAULTS):
-        return f"a file cannot be written ({said[:200]}): make room, or name another folder; what was whole is kept"
-    return explain_lost_rank(error)
+        what = f"a file cannot be written ({said[:200]})"
+        return f"{let_others_speak()}{what}: make room, or name another folder; what was whole is kept"
+    if current is None or not isinstance(error, RuntimeError) or not any(word in said for word in BROKEN_OFF):
+        return None
+    time.sleep(3 * BEAT)  # the launcher ends this rank too, if it is there: then the Watch speaks
+    return current.describe_dead()

@@ -47,7 +47,7 @@ from table_files import (
     stable_hash,
     take_sample,
 )
-from whole_files import Output, describe_command
+from whole_files import Output, describe_command, explain_disk_fault
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Constants
@@ -445,7 +445,8 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         if counts["read"]:
             show_counts(counts, named)
-        raise SystemExit(refuse("prepare_instruct.py", [str(error)])) from None
+        problem = explain_disk_fault(error, output_dir) or str(error)
+        raise SystemExit(refuse("prepare_instruct.py", [problem])) from None
 
     # 5. Report
     show_counts(counts, named)

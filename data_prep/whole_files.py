@@ -12,6 +12,9 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
+# How Python, safetensors, tokenizers and torch say that a disk is full, read-only or gone.
+DISK_FAULTS = ("No space left", "Read-only file", "Disk quota", "Input/output error", "StreamWriter", "unexpected pos")
+
 # What a training leaves beside its model: times are in it, which decide nothing.
 BESIDE_A_MODEL = {"complete.json", "run.json", "trainer_state.json", "training_args.bin", "README.md"}
 BESIDE_A_MODEL |= {f"{name}_results.json" for name in ("all", "train", "eval", "predict")}
@@ -35,6 +38,14 @@ def describe_command(args, *inputs):
     sums = [(file.name, hash_file(file)) for file in files if file.is_file() and os.access(file, os.R_OK)]
     text = json.dumps([flags, sums], sort_keys=True, default=str)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def explain_disk_fault(error, folder):
+    """Return a sentence that names the folder, where an error says that the disk is full or the like; else None."""
+    said, sentence = str(error), f"{folder} cannot be written to ("
+    if said.startswith(sentence) or not any(word in said for word in DISK_FAULTS):
+        return None
+    return f"{sentence}{said}): make room, or name another place"
 
 
 def list_own_files(folder):
@@ -77,8 +88,10 @@ class Output:
                 raise ValueError(f"{self.folder}: another run writes there, or it cannot be locked") from None
             try:
                 names = self.fill(self.aside / "files", write)
-            except BaseException:
+            except BaseException as error:
                 shutil.rmtree(self.aside, ignore_errors=True)
+                if sentence := explain_disk_fault(error, self.folder):  # safetensors and tokenizers have other types
+                    raise OSError(sentence) from error
                 raise
             self.put_in_place(names)
 

@@ -140,8 +140,12 @@ def main(argv=None):
     if problems:
         print("".join(f"error: {problem}\n" for problem in problems), end="", file=sys.stderr)
         return 2
-    for name in files:
-        print(f"{Path(args.to) / name}{'' if copy(name, args.to) else ' (was there)'}: {describe_file(name)}")
+    try:
+        for name in files:
+            print(f"{Path(args.to) / name}{'' if copy(name, args.to) else ' (was there)'}: {describe_file(name)}")
+    except OSError as error:
+        print(f"error: TO={args.to}: {error}; what was copied is whole", file=sys.stderr)
+        return 2
     return 0
 
 
