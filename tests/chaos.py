@@ -187,7 +187,7 @@ def run_reference(name: str, words: dict, base: Path) -> tuple[dict, tuple]:
     _, ranks, _, end, patterns = TARGETS[name]
     words, folder = words[name], base / name
     folder.mkdir()
-    run, begun = Run(words, ranks, folder, 19_999), time.monotonic()
+    run, begun = Run(words, ranks, folder, 19_000 + [*TARGETS].index(name)), time.monotonic()
     run.wait(lambda: end is None or (folder / end).exists())
     ended = time.monotonic()
     if not run.wait() or any(run.codes.values()):
