@@ -21,7 +21,7 @@ INSTRUCTIONS ?= databricks-dolly-15k.jsonl
 INSTRUCT_DATA ?= data/instruct
 
 .PHONY: demo demo-instruct demo-real
-.PHONY: test test-slow test-real test-gpu test-launchers chaos damages bad-inputs quality style fix-copies clean
+.PHONY: test test-slow test-real test-gpu test-launchers chaos damages lost-ranks bad-inputs quality style fix-copies clean
 .PHONY: prep-reviews prep-instruct
 .PHONY: train-t5-small train-t5-large train-t5-11b train-llama2-7b train-llama3-8b
 .PHONY: generate summarize-products serve
@@ -78,6 +78,10 @@ test-gpu: $(VENV)/.dev
 KILLS ?= 100
 chaos: $(VENV)/.dev
 	$(BIN)/python tests/chaos.py --kills $(KILLS) $(EXTRA)
+
+# A rank stopped, killed, taken off the network, under each launcher: seconds until that is said.
+lost-ranks: $(VENV)/.launchers
+	$(BIN)/python tests/lost_ranks.py $(EXTRA)
 
 # Every file that a training leaves damaged in four ways, one at a time, and the training started again.
 damages: $(VENV)/.dev

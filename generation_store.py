@@ -5,7 +5,6 @@
 # ///
 """
 Keeps the texts that run_generation.py has finished on disk, so that a killed run goes on where it was.
-
 Optional beside run_generation.py. In the order in which a run meets them: describe_request, Store.
 """
 
@@ -23,6 +22,7 @@ UsageError = ValueError
 with suppress(ModuleNotFoundError):
     from guards import UsageError
 
+MODEL_FILES = (".safetensors", "model.bin", "config.json", "tokenizer.json", "vocab.json", ".model", ".jinja", ".txt")
 PARTS = "[0-9]*-[0-9]*.jsonl"  # a file for each start and rank
 
 
@@ -52,7 +52,9 @@ def describe_request(table, model_args, data_args, decoding: dict) -> dict:
     """What a run that goes on must have in common with the one before, by name, as JSON has it."""
     free = ("token", "local_rank", "cache_dir", "output_file", "input_file")
     settings = {k: v for k, v in {**vars(model_args), **vars(data_args), **decoding}.items() if k not in free}
-    files = [path for path in sorted(Path(model_args.model_name_or_path).glob("[!.]*")) if path.is_file()]
+    base = read_marker(Path(model_args.model_name_or_path, "adapter_config.json")).get("base_model_name_or_path")
+    names = (model_args.model_name_or_path, base, model_args.tokenizer_name, model_args.assistant_model_name_or_path)
+    files = [p for name in names if name for p in sorted(Path(name).glob("*")) if p.name.endswith(MODEL_FILES)]
     sums, rows = "".join(f"{p.name} {sum_file(p, pieces=64)}\n" for p in files).encode(), xxhash.xxh3_128()
     for batch in table.with_format("arrow").iter(1000):
         rows.update(repr(batch.to_pydict()).encode("utf-8", "surrogatepass"))
@@ -68,7 +70,6 @@ def compare_runs(old: dict, new: dict) -> str:
 class Store:
     """
     Finished rows on disk: a line for each batch, synced at once; one torn by a kill, or damaged, is passed over.
-
     Batches are planned alike whatever is finished, so a run that goes on ends with the same table.
     """
 
@@ -116,8 +117,7 @@ class Store:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a dead process holds none
         except OSError:
             return None, f"--output_file {self.output}: another run works on it"
-        before = read_marker(self.folder / "settings.json")
-        changed = compare_runs(before, self.settings)
+        changed = compare_runs(before := read_marker(self.folder / "settings.json"), self.settings)
         if changed and before and any(path.stat().st_size for path in self.folder.glob(PARTS)):
             return None, f"{self.folder} holds the rows of another run: {changed}; remove it, or name another output"
         write_marker(self.folder / "settings.json", self.settings)

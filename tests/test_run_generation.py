@@ -486,8 +486,15 @@ def test_a_model_is_known_by_its_content_and_an_input_by_all_its_columns(tmp_pat
     os.utime(tmp_path / "model.safetensors", (1, 1))
     assert describe() == first
     assert generation_store.compare_runs(first, describe(context=["c", "e"])).startswith("the input's was ")
+    (tmp_path / "trainer_state.json").write_text("a training's figures, with times")
+    assert describe() == first
     (tmp_path / "model.safetensors").write_bytes(b"weighty")
     assert generation_store.compare_runs(first, describe()).startswith("the model's checksum was ")
+    (tmp_path / "base").mkdir()
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tmp_path / "base")}))
+    adapted = describe()
+    (tmp_path / "base/model.safetensors").write_bytes(b"weights")
+    assert generation_store.compare_runs(adapted, describe()).startswith("the model's checksum was ")
 
 
 def test_two_ranks_know_their_finished_table_and_refuse_another_run(trained, table, tmp_path):
