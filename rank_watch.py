@@ -109,10 +109,10 @@ class Watch(threading.Thread):
         return f"rank {rank} ({self.seen[rank][0].partition(' ')[2]})"
 
     def is_dead(self, rank: int) -> bool:
-        """Whether a rank on this host has no process any more, or is waited for."""
+        """Whether a rank on this host has no process any more, or is waited for, or one elsewhere gives no sign."""
         host, _, process = self.seen[rank][0].partition(" ")[2].partition(", process ")
         if host != HOST or rank == self.rank:
-            return False
+            return rank != self.rank and time.monotonic() - self.seen[rank][1] > 2.5 * BEAT
         try:
             return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
         except OSError:

@@ -36,7 +36,8 @@ import pyarrow
 import pyarrow.parquet
 from tqdm.auto import tqdm
 
-from table_files import ending, find_path_problems, nearest_folder, refuse
+from table_files import ending, find_path_problems, refuse
+from whole_files import nearest_folder
 
 SIZED_ENDINGS = (".csv", ".tsv", ".jsonl", ".json", ".txt", ".parquet")
 SAMPLE_ROWS = 4_000  # of a file, whose size in Arrow stands for that of all: at random, of Parquet the first

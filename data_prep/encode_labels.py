@@ -25,8 +25,8 @@ from pathlib import Path
 
 import polars
 
-from table_files import ending, find_folder_problems, find_path_problems, refuse
-from whole_files import Output, describe_command
+from table_files import ending, find_path_problems, refuse
+from whole_files import Output, describe_command, find_folder_problems
 
 TABLE_ENDINGS = (".csv", ".tsv", ".jsonl", ".parquet")
 

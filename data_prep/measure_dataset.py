@@ -61,8 +61,8 @@ from run_clm_instruct import (
     to_messages,
 )
 from run_summarization import KNOWN_COLUMNS, find_columns
-from table_files import find_folder_problems, read_columns, read_rows, refuse
-from whole_files import Output, describe_command
+from table_files import read_columns, read_rows, refuse
+from whole_files import Output, describe_command, find_folder_problems
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Constants

@@ -34,20 +34,8 @@ from pathlib import Path
 
 import polars as pl
 
-from table_files import (
-    ending,
-    find_folder_problems,
-    nearest_folder,
-    pick_share,
-    read_columns,
-    read_lines,
-    read_rows,
-    refuse,
-    say,
-    stable_hash,
-    take_sample,
-)
-from whole_files import Output, describe_command, explain_disk_fault
+from table_files import ending, pick_share, read_columns, read_lines, read_rows, refuse, say, stable_hash, take_sample
+from whole_files import Output, describe_command, explain_disk_fault, find_folder_problems, nearest_folder
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Constants

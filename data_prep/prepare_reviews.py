@@ -54,18 +54,8 @@ from pathlib import Path
 import polars as pl
 
 import table_files
-from table_files import (
-    ending,
-    find_folder_problems,
-    pick_share,
-    read_columns,
-    read_rows,
-    refuse,
-    say,
-    stable_hash,
-    take_sample,
-)
-from whole_files import Output, describe_command
+from table_files import ending, pick_share, read_columns, read_rows, refuse, say, stable_hash, take_sample
+from whole_files import Output, describe_command, find_folder_problems
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Constants

@@ -9,7 +9,6 @@ import gzip
 import hashlib
 import itertools
 import json
-import os
 import sys
 import time
 import zlib
@@ -31,30 +30,12 @@ def ending(name):
     return path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
 
 
-def nearest_folder(path):
-    """Return the path itself if it exists, else the nearest of its parents that does."""
-    return next((parent for parent in (path, *path.parents) if os.path.lexists(parent)), Path("."))
-
-
 def find_path_problems(flag, path, endings):
     """Return why a file cannot be read, judged by its name alone, as a list of one sentence or none."""
     if not Path(path).is_file():
         return [f"--{flag} {path}: {'a folder; name its files' if Path(path).exists() else 'no such file'}"]
     if ending(path) not in endings or path.lower().endswith(".parquet.gz"):
         return [f"--{flag} {path}: unknown ending; known are {', '.join(endings)} (the text ones also .gz)"]
-    return []
-
-
-def find_folder_problems(folder, must_be_empty=True):
-    """Return why files cannot be written into --output_dir, which may be absent, as a list of one sentence or none."""
-    nearest = nearest_folder(folder)
-    if not nearest.is_dir():
-        return [f"--output_dir {folder}: {nearest} is a file, not a folder; name another --output_dir"]
-    if not os.access(nearest, os.W_OK):
-        return [f"--output_dir {folder}: {nearest} may not be written to; name another --output_dir"]
-    held = folder.iterdir() if must_be_empty and nearest == folder else ()
-    if not all(path.match(".*.unfinished") or path.match(".*.complete.json") for path in held):  # left by a kill
-        return [f"--output_dir {folder}: not empty, nothing is overwritten; empty it or name another"]
     return []
 
 

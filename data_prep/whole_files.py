@@ -53,6 +53,24 @@ def list_own_files(folder):
     return [path for path in sorted(folder.glob("[!.]*")) if path.name not in BESIDE_A_MODEL and path.suffix != ".png"]
 
 
+def nearest_folder(path):
+    """Return the path itself if it exists, else the nearest of its parents that does."""
+    return next((parent for parent in (path, *path.parents) if os.path.lexists(parent)), Path("."))
+
+
+def find_folder_problems(folder, must_be_empty=True):
+    """Return why files cannot be written into --output_dir, which may be absent, as a list of one sentence or none."""
+    nearest = nearest_folder(folder)
+    if not nearest.is_dir():
+        return [f"--output_dir {folder}: {nearest} is a file, not a folder; name another --output_dir"]
+    if not os.access(nearest, os.W_OK):
+        return [f"--output_dir {folder}: {nearest} may not be written to; name another --output_dir"]
+    held = folder.iterdir() if must_be_empty and nearest == folder else ()
+    if not all(path.match(".*.unfinished") or path.match(".*.complete.json") for path in held):  # left by a kill
+        return [f"--output_dir {folder}: not empty, nothing is overwritten; empty it or name another"]
+    return []
+
+
 class Output:
     """
     Files that appear in a folder when all of them are whole, and that the command that made them knows again.

@@ -27,7 +27,8 @@ ip -n two address add 10.77.0.2/24 dev eth0
 """
 # The runner's other way, pdsh over ssh, ends a run by killing command lines: hence a PID namespace for each host.
 START = """
-start() { ip netns exec $1 unshare --pid --fork --kill-child --mount-proc \
+start() { ip netns exec $1 unshare --uts --pid --fork --kill-child --mount-proc \
+    bash -c 'echo $0 > /proc/sys/kernel/hostname; exec "$@"' $1 \
     deepspeed --hostfile hostfile --no_ssh --node_rank $2 --master_addr 10.77.0.1 --master_port 29500 "${@:3}"; }
 export GLOO_SOCKET_IFNAME=eth0
 printf '10.77.0.1 slots=1\\n10.77.0.2 slots=1\\n' > hostfile

