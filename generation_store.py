@@ -22,7 +22,7 @@ UsageError = ValueError
 with suppress(ModuleNotFoundError):
     from guards import UsageError
 
-ENDINGS = (".safetensors", "model.bin", "config.json", "tokenizer.json", "vocab.json", ".model", ".jinja", ".txt")
+KNOWN_BY = (".safetensors", "model.bin", "config.json", "tokenizer.json", "vocab.json", ".model", ".jinja", ".txt")
 PARTS = "[0-9]*-[0-9]*.jsonl"  # a file for each start and rank
 
 
@@ -54,7 +54,7 @@ def describe_request(table, model_args, data_args, decoding: dict) -> dict:
     settings = {k: v for k, v in {**vars(model_args), **vars(data_args), **decoding}.items() if k not in free}
     base = read_marker(Path(model_args.model_name_or_path, "adapter_config.json")).get("base_model_name_or_path")
     names = (model_args.model_name_or_path, base, model_args.tokenizer_name, model_args.assistant_model_name_or_path)
-    files = [p for name in names if name for p in sorted(Path(name).glob("*")) if p.name.endswith(ENDINGS)]
+    files = [p for name in names if name for p in sorted(Path(name).glob("*")) if p.name.endswith(KNOWN_BY)]
     sums, rows = "".join(f"{p.name} {sum_file(p, pieces=64)}\n" for p in files).encode(), xxhash.xxh3_128()
     for batch in table.with_format("arrow").iter(1000):
         rows.update(repr(batch.to_pydict()).encode("utf-8", "surrogatepass"))
