@@ -13,6 +13,7 @@ with sizes and checksums, and what it does not vouch for was cut off by a kill, 
 """
 
 import argparse
+import errno
 import fcntl
 import importlib.metadata
 import json
@@ -413,6 +414,10 @@ class RunFolder(TrainerCallback):
         for name in (MARKER, "all_results.json"):  # to the latter the library adds
             (self.folder / name).unlink(missing_ok=True)
         write_settings(self.folder, describe_settings(*self.arguments, args))
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if control.should_save and state.is_world_process_zero and not (self.folder / SETTINGS).exists():
+            raise OSError(errno.ESTALE, "Stale file: it was removed while the run was at work", str(self.folder))
 
     def on_save(self, args, state, control, **kwargs):
         if torch.distributed.is_initialized():

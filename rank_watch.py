@@ -29,7 +29,7 @@ HOST = socket.gethostname()
 STORE_PATIENCE = datetime.timedelta(seconds=5)  # of one exchange with the ranks' store
 
 # How the libraries say that a disk is full, read-only or gone, and that another rank broke off the connection.
-DISK_FAULTS = ("No space left", "Read-only file", "Disk quota", "Input/output error", "StreamWriter", "unexpected pos")
+DISK_FAULTS = "No space|Read-only file|Disk quota|Input/output error|StreamWriter|unexpected pos|Stale file|Not a dir"
 BROKEN_OFF = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo", "NCCL", "Timed out")
 
 current = None  # the Watch of this process
@@ -191,7 +191,7 @@ def let_others_speak() -> str:
 def explain_failure(error: Exception) -> str | None:
     """A sentence for what the machine did to a run: a disk that is full or read-only, another rank that is gone."""
     said = " ".join(str(error).split())
-    if any(word in said for word in DISK_FAULTS):
+    if any(word in said for word in DISK_FAULTS.split("|")):
         what = f"a file cannot be written ({said[:200]})"
         return f"{let_others_speak()}{what}: make room, or name another folder; what was whole is kept"
     if current is None or not isinstance(error, RuntimeError) or not any(word in said for word in BROKEN_OFF):

@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 # How Python, safetensors, tokenizers and torch say that a disk is full, read-only or gone.
-DISK_FAULTS = ("No space left", "Read-only file", "Disk quota", "Input/output error", "StreamWriter", "unexpected pos")
+DISK_FAULTS = "No space|Read-only file|Disk quota|Input/output error|StreamWriter|unexpected pos|Stale file|Not a dir"
 
 # What a training leaves beside its model: times are in it, which decide nothing.
 BESIDE_A_MODEL = {"complete.json", "run.json", "trainer_state.json", "training_args.bin", "README.md"}
@@ -43,7 +43,7 @@ def describe_command(args, *inputs):
 def explain_disk_fault(error, folder):
     """Return a sentence that names the folder, where an error says that the disk is full or the like; else None."""
     said, sentence = str(error), f"{folder} cannot be written to ("
-    if said.startswith(sentence) or not any(word in said for word in DISK_FAULTS):
+    if said.startswith(sentence) or not any(word in said for word in DISK_FAULTS.split("|")):
         return None
     return f"{sentence}{said}): make room, or name another place"
 

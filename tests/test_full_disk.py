@@ -3,12 +3,15 @@
 
 import os
 import re
+import shutil
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from conftest import ROOT, run_warm
+from conftest import ROOT, make_environment, run_warm
 
 TRAINING = "--do_train --max_steps 4 --save_steps 2 --disable_tqdm true"
 REVIEWS = f"run_summarization.py --model_name_or_path {{work}}/tiny-t5 --train_file {{work}}/train.csv {TRAINING}"
@@ -76,3 +79,23 @@ def test_a_full_disk_is_one_sentence_and_the_same_command_ends_well_once_there_i
     resize(100_000)
     done = run_warm(ROOT / script, *words, cwd=folder, ranks=ranks, port=29583)
     assert not [path for path in Path(folder).rglob("*") if "unfinished" in path.name]
+
+
+@pytest.mark.parametrize("gone", ["removed", "a file in its place"])
+def test_an_output_folder_that_is_gone_ends_the_run_at_its_next_checkpoint_in_one_sentence(gone, tmp_path, work):
+    script, *words = REVIEWS.format(work=work).split()
+    words += ["--output_dir", "out", "--max_steps", "100000", "--save_steps", "20", "--save_total_limit", "2"]
+    command, out = [sys.executable, str(ROOT / script), *words], tmp_path / "out"
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen(command, cwd=tmp_path, env=make_environment(), **pipes)
+    deadline = time.monotonic() + 200
+    while not list(out.glob("checkpoint-*/complete.json")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    out.rename(tmp_path / "elsewhere")
+    if gone == "a file in its place":
+        out.write_text("mine")
+    printed = process.communicate(timeout=100)[0]
+    assert process.returncode == 3 and "Traceback" not in printed, printed[-3000:]
+    assert printed.count("error: a file cannot be written") == 1
+    assert "Stale file: it was removed while the run was at work: 'out'" in printed
+    shutil.rmtree(tmp_path / "elsewhere")
