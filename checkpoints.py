@@ -59,6 +59,10 @@ LENGTHS = ("num_train_epochs", "max_steps")
 # Told in other words: the first two as one product with the ranks, the last two by the content of what they name.
 TOLD_OTHERWISE = {"per_device_train_batch_size", "gradient_accumulation_steps", "auto_find_batch_size"}
 TOLD_OTHERWISE |= {"model_name_or_path", "train_file"}
+# By a checksum of what they name, and what is said where that differs.
+BY_CONTENT = {"model_name_or_path": "the model's files differ", "train_file": "the training file's content differs"}
+BY_CONTENT |= {"tokenizer_name": "the tokenizer's files differ", "config_name": "the configuration differs"}
+BY_CONTENT |= {"dataset_name": "the data set differs", "prompt_template": "the template differs"}
 
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "deepspeed", "peft")
 MODEL_FILES = (".safetensors", ".bin", ".json", ".model", ".jinja", ".txt")
@@ -202,7 +206,7 @@ def describe_settings(model_args, data_args, training_args) -> dict:
     settings = {name: getattr(given[name], "value", given[name]) for name in sorted(decides)}  # of an enumeration
     settings["effective batch"] = training_args.train_batch_size * training_args.gradient_accumulation_steps
     settings["effective batch"] *= training_args.world_size
-    for name in ("model_name_or_path", "train_file", "dataset_name", "prompt_template"):
+    for name in BY_CONTENT:
         settings[name] = describe_content(given.get(name))
     carved = training_args.do_eval and not given.get("validation_file") and "validation_split_percentage" in given
     settings["validation_split_percentage"] = given["validation_split_percentage"] if carved else None
@@ -258,9 +262,7 @@ def compare_settings(old: dict, new: dict) -> list[str]:
     """The settings that decide the weights and differ, each with both values; not how long a run is."""
     names = sorted({*old, *new} - {*LENGTHS, "at the end"})
     changed = [name for name in names if old.get(name) != new.get(name)]
-    named = {"model_name_or_path": "the model's files differ", "train_file": "the training file's content differs"}
-    named |= {"dataset_name": "the data set differs", "prompt_template": "the template differs"}
-    return [named.get(name, f"{name} was {old.get(name)!r}, is {new.get(name)!r}") for name in changed]
+    return [BY_CONTENT.get(name, f"{name} was {old.get(name)!r}, is {new.get(name)!r}") for name in changed]
 
 
 # ------------------------------------------------------------------------------------------------ before a run

@@ -366,12 +366,12 @@ def start_ranks(args: argparse.Namespace) -> None:
 
 
 def set_up_logging(training_args) -> None:
-    """Log at the level the arguments ask for; ranks other than the first only warn."""
-    logging.basicConfig(
-        format="%(asctime)s - %(levelname)s - %(name)s - %(message)s",
-        datefmt="%m/%d/%Y %H:%M:%S",
-        handlers=[logging.StreamHandler(sys.stdout)],
-    )
+    """Log at the level the arguments ask for; ranks other than the first only warn, and show no progress."""
+    style = {"format": "%(asctime)s - %(levelname)s - %(name)s - %(message)s", "datefmt": "%m/%d/%Y %H:%M:%S"}
+    logging.basicConfig(**style, handlers=[logging.StreamHandler(sys.stdout)])
+    if training_args.process_index > 0:
+        transformers.utils.logging.disable_progress_bar()
+        datasets.disable_progress_bars()
     datasets.utils.logging.set_verbosity(logging.WARNING)
     transformers.utils.logging.set_verbosity(training_args.get_process_log_level())
     # DeepSpeed 0.19 calls torch 2.13 by names it has renamed: thousands of lines in a short run under ZeRO.

@@ -193,6 +193,7 @@ def test_a_finished_run_without_checkpoints_is_not_gone_on_with(work, tmp_path):
         (["--optim", "adamw_torch"], "optim was 'adafactor', is 'adamw_torch'"),
         (["--train_file", "VALIDATION"], "the training file's content differs"),
         (["--model_name_or_path", "OUT"], "the model's files differ"),
+        (["--tokenizer_name", "OUT"], "the tokenizer's files differ"),
     ],
 )
 def test_what_decides_the_weights_may_not_change_on_the_way(flags, said, copied, work):
