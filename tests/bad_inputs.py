@@ -289,6 +289,8 @@ def try_many(count: int, seed: int, folder: Path, whole: int = 0, seconds: float
             whole -= 1
             outcome, said = try_one(script, flags, folder, whole=True)
         outcomes[outcome].append((script, change.__name__, what, said))
+        tried = sum(map(len, outcomes.values()))
+        print(f"\r{tried} of {count}, {time.monotonic() - started:.0f} s", end="", file=sys.stderr, flush=True)
     return outcomes
 
 

@@ -48,12 +48,15 @@ INSTRUCT += ["--max_seq_length", "256", "--prompt_template", "dolly", "--learnin
 GENERATION = ["{work}/../run_generation.py", "--model_name_or_path", "{work}/tiny-t5", "--max_new_tokens", "24"]
 GENERATION += ["--input_file", "{work}/many.csv", "--output_file", "out/a.csv", "--max_tokens_per_batch", "2000"]
 TOOLS = {
-    "make_sample_reviews": "--num_reviews 30000 --output_file out/a.tsv",
-    "prepare_reviews": "--input_file {work}/many.csv --output_dir out/data",
-    "prepare_instruct": "--input_file {place}/train.jsonl --output_dir out/data",
-    "encode_labels": "--input_file {work}/many.csv --validation_file {work}/validation.csv --label_column product_id"
-    " --output_dir out/data",
-    "measure_dataset": "--train_file {work}/many.csv --model_name_or_path {work}/tiny-t5 --output_dir out/report",
+    "data_prep/make_sample_reviews": "--num_reviews 30000 --output_file out/a.tsv",
+    "data_prep/prepare_reviews": "--input_file {work}/many.csv --output_dir out/data",
+    "data_prep/prepare_instruct": "--input_file {place}/train.jsonl --output_dir out/data",
+    "data_prep/encode_labels": "--input_file {work}/many.csv --validation_file {work}/validation.csv"
+    " --label_column product_id --output_dir out/data",
+    "data_prep/measure_dataset": "--train_file {work}/many.csv --model_name_or_path {work}/tiny-t5"
+    " --output_dir out/report --shown_rows 2",
+    "tools/init_model": "--train_file {work}/many.csv --vocab_size 300 --output_dir out/model",
+    "tools/copy_script": "--script run_clm_instruct.py --to out/copy",
 }
 
 # Name: (share of the chains, ranks, command, when its last step is over, what must be equal).
@@ -67,8 +70,8 @@ TARGETS = {
     "zero3": (2, 2, [*SUMMARIZATION, "--deepspeed", "{work}/../ds_configs/zero3.json"], END, WHOLE),
     "generation": (2, 0, GENERATION, None, ("**/*",)),
     **{
-        name: (0.4, 0, [f"{{work}}/../data_prep/{name}.py", *words.split()], None, ("**/*",))
-        for name, words in TOOLS.items()
+        Path(tool).name: (0.3, 0, [f"{{work}}/../{tool}.py", *words.split()], None, ("**/*",))
+        for tool, words in TOOLS.items()
     },
 }
 TIMES = ("_runtime", "_per_second", "total_flos")
