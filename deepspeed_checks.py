@@ -54,36 +54,34 @@ def find_problems(args: argparse.Namespace) -> list[str]:
     """What is wrong with the file that --deepspeed names, and where it contradicts a flag of a training."""
     if args.deepspeed is None:
         return []
-    path, config = args.deepspeed, read_file(args.deepspeed)
-    if isinstance(config, str):
-        return [f"--deepspeed {path}: {config}"]
-    return find_file_problems(path, config, args.use_cpu) or find_contradictions(path, config, args)
+    config, problems = read_file(args.deepspeed)
+    problems = problems or find_file_problems(args.deepspeed, config, args.use_cpu)
+    return problems or find_contradictions(args.deepspeed, config, args)
 
 
 def find_zero3_problems(args: argparse.Namespace) -> list[str]:
     """The same for a generation: it spreads a model's weights, which only stage 3 does."""
     if args.deepspeed is None:
         return []
-    path, config = args.deepspeed, read_file(args.deepspeed)
-    if isinstance(config, str):
-        return [f"--deepspeed {path}: {config}"]
-    stage = drop_auto(config).get("zero_optimization", {})
-    stage = stage.get("stage") if isinstance(stage, dict) else None
-    wrong = [f"--deepspeed {path}: has stage {stage}; only stage 3 spreads a model's weights"] if stage != 3 else []
-    return find_file_problems(path, config, args.use_cpu) or wrong
+    config, problems = read_file(args.deepspeed)
+    problems = problems or find_file_problems(args.deepspeed, config, args.use_cpu)
+    stage, said = look_up(config, "zero_optimization.stage"), "only stage 3 spreads a model's weights"
+    return problems or ([] if stage == 3 else [f"--deepspeed {args.deepspeed}: has stage {stage}; {said}"])
 
 
-def read_file(path: str) -> dict | str:
-    """The content of a DeepSpeed file, or what is wrong with it."""
+def read_file(path: str) -> tuple[dict, list[str]]:
+    """The content of a DeepSpeed file, and what is wrong with it."""
+    config = {}
     try:
         config = json.loads(Path(path).read_text(encoding="utf-8"))
+        said = "" if isinstance(config, dict) else "not a JSON object"
     except (FileNotFoundError, NotADirectoryError):
-        return "there is no such file"
+        said = "there is no such file"
     except OSError as error:
-        return f"cannot be read: {error.strerror}"
+        said = f"cannot be read: {error.strerror}"
     except (ValueError, RecursionError) as error:
-        return f"not JSON: {error}"
-    return config if isinstance(config, dict) else "not a JSON object"
+        said = f"not JSON: {error}"
+    return config, [f"--deepspeed {path}: {said}"] if said else []
 
 
 def look_up(config: dict, keys: str):
@@ -103,27 +101,21 @@ def find_contradictions(path: str, config: dict, args: argparse.Namespace) -> li
     pairs.append(("train_batch_size", flags, rows))
     if args.warmup_steps == 0 or args.warmup_steps >= 1:  # a share depends on the data
         pairs.append(("scheduler.params.warmup_num_steps", "--warmup_steps", max(1, math.ceil(args.warmup_steps))))
-    steps = args.max_steps if args.max_steps > 0 else "not given"
-    pairs.append(("scheduler.params.total_num_steps", "--max_steps", steps))
+    pairs.append(("scheduler.params.total_num_steps", "--max_steps", max(0, args.max_steps) or "not given"))
     for keys, flag, wanted in pairs:
         value = look_up(config, keys)
         if value != "auto" and value != wanted:
-            problems.append(
-                f'{named}: {keys} is {json.dumps(value)} but {flag} is {wanted}; make them equal or write "auto"'
-            )
+            differ = f"{keys} is {json.dumps(value)} but {flag} is {wanted}"
+            problems.append(f'{named}: {differ}; make them equal or write "auto"')
     if "optimizer" in config and args.optim != TrainingArguments.__dataclass_fields__["optim"].default:
         problems.append(f"{named}: its optimizer block overrules --optim; remove one of the two")
     offload = look_up(config, "zero_optimization.offload_optimizer.device")
-    offloaded = offload not in ("auto", "none")
+    offloaded, named = offload not in ("auto", "none"), f"{named}: offload_optimizer"
     if "optimizer" not in config and offloaded and config.get("zero_force_ds_cpu_optimizer", True):
-        problems.append(
-            f'{named}: offload_optimizer with --optim {args.optim} needs "zero_force_ds_cpu_optimizer": false'
-        )
+        problems.append(f'{named} with --optim {args.optim} needs "zero_force_ds_cpu_optimizer": false')
     if offload == "nvme" and args.optim == "adafactor":
-        problems.append(
-            f"{named}: offload_optimizer on nvme swaps state as large as the weights, which Adafactor's "
-            'factors are not; there is next to none: write "device": "cpu"'
-        )
+        why = "swaps state as large as the weights, which Adafactor's factors are not; there is next to none"
+        problems.append(f'{named} on nvme {why}: write "device": "cpu"')
     return problems
 
 
@@ -167,31 +159,47 @@ def find_file_problems(path: str, config: dict, use_cpu: bool) -> list[str]:
     from deepspeed.runtime import config as library
     from deepspeed.runtime import lr_schedules
 
-    named, values = f"--deepspeed {path}", drop_auto(config)
-    models = list(library.DeepSpeedConfigModel.__subclasses__())
-    fields = {n for model in models for name, f in model.model_fields.items() for n in (name, f.alias or name)}
+    named, values, models = f"--deepspeed {path}", drop_auto(config), library.DeepSpeedConfigModel.__subclasses__()
+    fields = {n: f.annotation for m in models for name, f in m.model_fields.items() for n in (name, f.alias or name)}
     asked, problems = Asked(), []
     library.DeepSpeedConfig._initialize_params(SimpleNamespace(), asked)
     known = {**asked.known, **dict.fromkeys(FURTHER_KEYS)}
     problems += [f"{named}: no such key: {key}{suggest(key, known)}" for key in config if key not in known]
     for section, keys in SECTIONS.items():
-        if isinstance(values.get(section), dict):
-            unknown = [key for key in values[section] if key not in keys.split()]
+        if isinstance(config.get(section), dict):
+            unknown = [key for key in config[section] if key not in keys.split()]
             problems += [f"{named}: no such key: {section}.{k}{suggest(k, keys.split())}" for k in unknown]
-    for key, value in values.items():
+    for key, value in config.items():
         kind = int if key in WHOLE else type(known.get(key))
         kind = dict if key in (*SECTIONS, "zero_optimization", "bf16") else kind
+        if value == "auto" and kind is not dict:
+            continue
         good = {float: is_number(value), int: is_number(value) and value == int(value) and value >= 1}
         if key in known and known[key] is not None or kind in (int, dict):
             if not good.get(kind, isinstance(value, kind)) and key not in ("pipeline", "communication_data_type"):
                 problems.append(f"{named}: {key} is {json.dumps(value)}; must be {NAMES.get(kind, kind.__name__)}")
     for name in ("offload_param", "offload_optimizer"):
-        part = values.get("zero_optimization")
-        part = part.get(name) if isinstance(part, dict) else None
+        part = look_up(config, f"zero_optimization.{name}")
         if isinstance(part, dict) and part.get("device") == "nvme" and not Path(str(part.get("nvme_path"))).is_dir():
             problems.append(f"{named}: {name}.nvme_path {part.get('nvme_path')}: there is no such folder")
-    problems += find_block_problems(named, values, library.DEEPSPEED_OPTIMIZERS, lr_schedules)
-    return problems or find_library_problems(named, values, library, fields)
+    problems += find_nested_problems(named, {k: v for k, v in config.items() if k not in SECTIONS}, fields)
+    problems += find_block_problems(named, config, library.DEEPSPEED_OPTIMIZERS, lr_schedules)
+    none = "stage" not in values.get("zero_optimization", ["stage"])
+    none = [f"{named}: zero_optimization has no stage; write 0 to 3"] * none
+    return problems or find_library_problems(named, values, library, fields) or none
+
+
+def find_nested_problems(named: str, config: dict, fields: dict, inside: bool = False) -> list[str]:
+    """What deepspeed's own look leaves out: unknown keys that are "auto", and true or false for a number."""
+    problems = []
+    for key, value in config.items():
+        if isinstance(value, dict):
+            problems += find_nested_problems(named, value, fields, inside=True)
+        elif inside and value == "auto" and key not in fields:
+            problems.append(f"{named}: no such key: {key}{suggest(key, fields)}")
+        elif inside and isinstance(value, bool) and "int" in (kind := str(fields.get(key))) and "bool" not in kind:
+            problems.append(f"{named}: {key} is {json.dumps(value)}; must be a number")
+    return problems
 
 
 def find_block_problems(named: str, values: dict, optimizers: list[str], lr_schedules) -> list[str]:
@@ -208,12 +216,11 @@ def find_block_problems(named: str, values: dict, optimizers: list[str], lr_sche
         if block == "scheduler" and kind in names:
             known = [*inspect.signature(getattr(lr_schedules, kind)).parameters][1:]
         elif block == "scheduler" or str(kind).lower() not in names and not hasattr(torch.optim, str(kind)):
-            problems.append(
-                f"{named}: {block}.type {kind}: must be one of {', '.join(names)}{suggest(str(kind), names)}"
-            )
+            said = f"must be one of {', '.join(names)}{suggest(str(kind), names)}"
+            problems.append(f"{named}: {block}.type {kind}: {said}")
         unknown = [key for key in params if key not in known]
         problems += [f"{named}: no such key: {block}.params.{key}{suggest(key, known)}" for key in unknown]
-        wrong = [key for key, value in params.items() if key in NUMERIC.split() and not is_number(value)]
+        wrong = [k for k, v in params.items() if k in NUMERIC.split() and v != "auto" and not is_number(v)]
         problems += [f"{named}: {block}.params.{k} is {json.dumps(params[k])}; must be a number" for k in wrong]
     return problems
 
@@ -225,7 +232,7 @@ def drop_auto(value):
     return {key: drop_auto(part) for key, part in value.items() if part != "auto"}
 
 
-def find_library_problems(named: str, values: dict, library, fields: set[str]) -> list[str]:
+def find_library_problems(named: str, values: dict, library, fields: dict) -> list[str]:
     """What deepspeed itself says of a file: by field where it is one of its models, else in one sentence."""
     try:
         library._reject_removed_config_keys(values)

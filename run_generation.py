@@ -611,10 +611,10 @@ def plan_rows(generator: Generator, ids: list[list[int]]) -> list[list[int]]:
     return batches
 
 
+@torch.no_grad()
 def generate_batch(generator: Generator, prompts: list[list[int]], rows: list[int]) -> list[list[int]]:
     """New token ids for each prompt, ended by the stop token where there was one. rows: numbers that seed sampling."""
-    model, config = generator.model, generator.config
-    is_seq2seq = model.config.is_encoder_decoder
+    model, config, is_seq2seq = generator.model, generator.config, generator.model.config.is_encoder_decoder
     side = {"padding_side": "right" if is_seq2seq else "left", "return_attention_mask": True}
     inputs = generator.prompts.tokenizer.pad({"input_ids": prompts}, return_tensors="pt", **side).to(model.device)
     if samples_by_row(generator):
@@ -624,8 +624,10 @@ def generate_batch(generator: Generator, prompts: list[list[int]], rows: list[in
     torch.manual_seed((generator.seed * 0x9E3779B1 + rows[0]) % 2**32)  # of what goes row by row
     inputs |= {"tokenizer": generator.target_tokenizer} if config.stop_strings else {}
     inputs |= {"assistant_model": generator.assistant} if generator.assistant is not None else {}
-    with torch.no_grad():
+    try:
         outputs = model.generate(**inputs, generation_config=config, synced_gpus=generator.synced)
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"decoding flags that do not go together, or with this model: {error}") from error
     ends = torch.tensor(config.eos_token_id).flatten().tolist()
     new = outputs[:, 1 if is_seq2seq else inputs["input_ids"].shape[1] :].tolist()
     return [next((row[: n + 1] for n, token in enumerate(row) if token in ends), row) for row in new]
@@ -753,8 +755,7 @@ def main(argv: list[str] | None = None) -> dict:
     model_args, data_args, decoding = parse_generation_arguments(sys.argv[1:] if argv is None else argv)
     datasets.disable_progress_bars()
     transformers.utils.logging.set_verbosity_error()
-    # DeepSpeed 0.19 calls torch 2.13 by names it has renamed, a line each time.
-    warnings.filterwarnings("ignore", "`torch.distributed.* is deprecated", FutureWarning)
+    warnings.filterwarnings("ignore", "`torch.distributed.* is deprecated", FutureWarning)  # DeepSpeed 0.19's calls
     join_ranks(model_args)
     rank, started = int(os.environ.get("RANK", 0)), time.perf_counter()
 

@@ -46,6 +46,8 @@ def find_problems(args, flags: list[str], find_columns) -> list[str]:
     of the first file, the training data, are asked of every other. Each file is read into the cache of convert.
     """
     problems, wanted, first = [], None, None
+    if len(mark := getattr(args, "delimiter", None) or ",") != 1 or mark in '"\r\n':
+        return [f"--delimiter {mark!r}: must be one character that separates: ';', '|', $'\\t'"]
     if int(os.environ.get("LOCAL_RANK", 0)) > 0:  # the first rank of a host says it, and fills the cache
         return []
     for flag in flags:
@@ -57,9 +59,8 @@ def find_problems(args, flags: list[str], find_columns) -> list[str]:
                 raise UsageError(f"{path}: the file holds no rows")
             if wanted is None:
                 wanted, first = list_names(find_columns(table.column_names, args)), flag
-            if lost := [name for name in wanted if name not in table.column_names]:
-                there = ", ".join(table.column_names)
-                raise UsageError(f"{path}: has no column {lost[0]!r}, which --{first} has; it has {there}")
+            if lost := [name for name in wanted if name not in (there := table.column_names)]:
+                raise UsageError(f"{path}: has no column {lost[0]!r}, which --{first} has; it has {', '.join(there)}")
             check_text(path, odd, wanted)
         except UsageError as error:
             said = str(error)

@@ -22,23 +22,22 @@ import huggingface_hub
 import torch
 import transformers
 from transformers import trainer_optimizer
+from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.trainer_utils import SchedulerType
 
 # What numbers must be: the words, the test, the flags. None, where a flag has it, is no number and passes.
 NUMBERS = (
-    ("0 or more", lambda x: x >= 0, "learning_rate weight_decay warmup_steps max_grad_norm eval_delay"),
-    ("0 or more", lambda x: x >= 0, "neftune_noise_alpha"),
+    ("0 or more", lambda x: x >= 0, "learning_rate max_grad_norm eval_delay neftune_noise_alpha"),
+    ("0 to 1000", lambda x: 0 <= x <= 1000, "weight_decay"),
+    ("0 to 1e12", lambda x: 0 <= x <= 1e12, "warmup_steps rank_timeout"),
     ("0 to 4096", lambda x: 0 <= x <= 4096, "dataloader_num_workers preprocessing_num_workers"),
     ("1 or more", lambda x: x >= 1, "per_device_train_batch_size per_device_eval_batch_size"),
     ("1 or more", lambda x: x >= 1, "gradient_accumulation_steps eval_accumulation_steps save_total_limit"),
     ("1 or more", lambda x: x >= 1, "dataloader_prefetch_factor torch_empty_cache_steps ddp_timeout"),
     ("1 or more", lambda x: x >= 1, "generation_max_length generation_num_beams ddp_bucket_cap_mb"),
-    ("above 0", lambda x: x > 0, "num_train_epochs adam_epsilon"),
-    (
-        "above 0, and whole from 1 on",
-        lambda x: 0 < x < 1 or x >= 1 and x == int(x),
-        "logging_steps save_steps eval_steps",
-    ),
+    ("above 0", lambda x: x > 0, "num_train_epochs"),
+    ("above 0 to 1", lambda x: 0 < x <= 1, "adam_epsilon"),
+    ("above 0, whole from 1 on", lambda x: 0 < x < 1 or x >= 1 and x == int(x), "logging_steps save_steps eval_steps"),
     ("0 to 1, 1 left out", lambda x: 0 <= x < 1, "adam_beta1 adam_beta2 label_smoothing_factor"),
     ("-1 (by epochs) or 1 or more", lambda x: x == -1 or x >= 1, "max_steps"),
     ("0 to 2**32 - 1", lambda x: 0 <= x < 2**32, "seed data_seed"),
@@ -50,13 +49,10 @@ OBJECTS_OR_FILES = ("accelerator_config", "fsdp_config")
 
 # Decoding flags as NUMBERS has them; then those that are no numbers, by type.
 DECODING = (
-    ("1 or more", lambda x: x >= 1 and x == int(x), "max_new_tokens num_beams num_assistant_tokens max_cache_len"),
-    (
-        "1 or more",
-        lambda x: x >= 1 and x == int(x),
-        "prompt_lookup_num_tokens max_matching_ngram_size prefill_chunk_size",
-    ),
-    ("1 or more", lambda x: x >= 1 and x == int(x), "assistant_early_exit assistant_lookbehind target_lookbehind"),
+    ("1 to 10000", lambda x: 1 <= x <= 10_000 and x == int(x), "num_beams"),
+    ("1 or more", lambda x: x >= 1 and x == int(x), "max_new_tokens prompt_lookup_num_tokens max_matching_ngram_size"),
+    ("1 or more", lambda x: x >= 1 and x == int(x), "num_assistant_tokens assistant_early_exit assistant_lookbehind"),
+    ("1 or more", lambda x: x >= 1 and x == int(x), "max_cache_len prefill_chunk_size target_lookbehind"),
     ("0 or more", lambda x: x >= 0 and x == int(x), "top_k min_new_tokens no_repeat_ngram_size"),
     ("0 or more", lambda x: x >= 0 and x == int(x), "encoder_no_repeat_ngram_size"),
     ("a number above 0", lambda x: x > 0, "temperature repetition_penalty encoder_repetition_penalty max_time"),
@@ -70,6 +66,8 @@ TOKENS = "eos_token_id pad_token_id bos_token_id decoder_start_token_id forced_b
 TOKENS += "suppress_tokens begin_suppress_tokens bad_words_ids"
 ONE_TOKEN = ("pad_token_id", "bos_token_id", "decoder_start_token_id", "forced_bos_token_id")
 OF_OBJECTS = "watermarking_config compile_config cache_config continuous_batching_config"
+MODES = (None, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+SCHEDULES = ("constant", "heuristic", "heuristic_transient")
 # Methods that transformers 5 has moved to code on the hub, which these scripts do not run.
 MOVED = "low_memory penalty_alpha dola_layers diversity_penalty num_beam_groups constraints force_words_ids"
 
@@ -87,6 +85,11 @@ UNWORKABLE = (
     ("push_to_hub", lambda a: a.push_to_hub and not can_push(a), "needs the hub, and --token or `hf auth login`"),
     ("parallelism_config", lambda a: a.parallelism_config, "cannot be given on a command line"),
     ("fp16, --bf16", lambda a: a.fp16 and a.bf16, "one of the two"),
+    ("label_names", lambda a: a.label_names not in (None, ["labels"]), "these scripts call them labels"),
+    ("include_for_metrics", lambda a: {*a.include_for_metrics} - {"inputs", "loss"}, "knows inputs and loss"),
+    ("optim_target_modules", lambda a: not takes_modules(a), "is for --optim galore_... and apollo_..."),
+    ("torch_compile_backend", lambda a: a.torch_compile_backend not in list_backends(a), "is unknown to torch"),
+    ("torch_compile_mode", lambda a: a.torch_compile_mode not in MODES, "is none of torch.compile's"),
 )
 
 
@@ -97,6 +100,14 @@ def is_scored(args: argparse.Namespace) -> bool:
 def saves_what_it_evaluates(args: argparse.Namespace) -> bool:
     save, evaluate = (getattr(way, "value", way) for way in (args.save_strategy, args.eval_strategy))
     return not args.load_best_model_at_end or save in ("best", evaluate)
+
+
+def takes_modules(args: argparse.Namespace) -> bool:
+    return not args.optim_target_modules or bool(re.search("galore|apollo", str(args.optim), re.IGNORECASE))
+
+
+def list_backends(args: argparse.Namespace) -> list:
+    return torch._dynamo.list_backends(()) if args.torch_compile_backend else [None]  # a second's import
 
 
 def can_push(args: argparse.Namespace) -> bool:
@@ -117,11 +128,11 @@ def suggest(name: str, known, mark: str = "") -> str:
 
 def find_range_problems(values: dict, table: tuple) -> list[str]:
     """Which values break their line of NUMBERS or DECODING, nan and inf first of all."""
-    given = [(flag, values[flag], words, test) for words, test, flags in table for flag in flags.split()]
     return [
-        f"--{flag} {value}: must be {words}"
-        for flag, value, words, test in given
-        if value is not None and not (is_number(value) and test(value))
+        f"--{flag} {values[flag]}: must be {words}"
+        for words, test, flags in table
+        for flag in flags.split()
+        if values[flag] is not None and not (is_number(values[flag]) and test(values[flag]))
     ]
 
 
@@ -129,16 +140,18 @@ def find_unusable_numbers(values: dict) -> list[str]:
     """Numbers that are nan, infinite or of more than 64 bits, of the flags that NUMBERS does not have."""
     known = {flag for _, _, flags in NUMBERS for flag in flags.split()}
     numbers = {flag: x for flag, x in values.items() if isinstance(x, int | float) and not isinstance(x, bool)}
-    wrong = [flag for flag, x in numbers.items() if flag not in known and not is_number(x)]
-    return [f"--{flag} {numbers[flag]}: must be a finite number" for flag in wrong]
+    numbers = {flag: x for flag, x in numbers.items() if flag not in known and not is_number(x)}
+    return [f"--{flag} {x}: must be a finite number" for flag, x in numbers.items()]
 
 
-def find_missing_folders(args: argparse.Namespace) -> list[str]:
-    """Flags that name a folder which is not there; the library would speak of something else."""
+def find_misnamed(args: argparse.Namespace) -> list[str]:
+    """Flags that name a folder which is not there, where the library would speak of something else, and the like."""
     given = {flag: getattr(args, flag, None) or "" for flag in ("tokenizer_name", "config_name")}
     local = {flag: name for flag, name in given.items() if name.startswith((".", "/", "~")) or name.count("/") > 1}
     said = "there is no such folder; give a folder or a name on the hub"
-    return [f"--{flag} {name}: {said}" for flag, name in local.items() if not Path(name).exists()]
+    problems = [f"--{flag} {name}: {said}" for flag, name in local.items() if not Path(name).exists()]
+    lonely = args.dataset_config_name and not args.dataset_name
+    return problems + ["--dataset_config_name: needs --dataset_name"] * bool(lonely)
 
 
 # ------------------------------------------------------------------------------------------------ training
@@ -147,7 +160,7 @@ def find_missing_folders(args: argparse.Namespace) -> list[str]:
 def find_training_problems(args: argparse.Namespace) -> list[str]:
     """What is wrong with the values of a training script's flags, one by one and together."""
     values = vars(args)
-    problems = find_range_problems(values, NUMBERS) + find_unusable_numbers(values) + find_missing_folders(args)
+    problems = find_range_problems(values, NUMBERS) + find_unusable_numbers(values) + find_misnamed(args)
     for flag in (*OBJECTS, *OBJECTS_OR_FILES):
         problems += find_object_problems(flag, values[flag])
     if problems:
@@ -170,13 +183,15 @@ def find_object_problems(flag: str, value) -> list[str]:
         content = json.loads(Path(value).read_text(encoding="utf-8") if is_file else value)
     except (OSError, ValueError) as error:
         return [f"--{flag} {value}: must be {kind}: {error}"]
-    return [] if isinstance(content, dict) else [f"--{flag} {value}: must be {kind}"]
+    if not isinstance(content, dict):
+        return [f"--{flag} {value}: must be {kind}"]
+    known = set(inspect.signature(AcceleratorConfig).parameters) if flag == "accelerator_config" else content
+    return [f"--{flag}: {key} is unknown to it{suggest(key, known)}" for key in content if key not in known]
 
 
 def find_scheduler_problems(args: argparse.Namespace) -> list[str]:
     """--lr_scheduler_kwargs that the scheduler does not take, by making one."""
-    given = args.lr_scheduler_kwargs
-    given = json.loads(given) if isinstance(given, str) else given
+    given = json.loads(g) if isinstance(g := args.lr_scheduler_kwargs, str) else g
     if not given:
         return []
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
@@ -222,16 +237,15 @@ def find_optimizer_problems(args: argparse.Namespace) -> list[str]:
 
 def find_generation_problems(args: argparse.Namespace) -> list[str]:
     """What is wrong with the values of run_generation.py's own flags."""
-    problems = find_unusable_numbers(vars(args)) + find_missing_folders(args)
-    if not args.output_column.strip():
-        problems.append(f"--output_column {args.output_column!r}: must be a name")
+    problems = find_unusable_numbers(vars(args)) + find_misnamed(args)
+    problems += [] if args.output_column.strip() else [f"--output_column {args.output_column!r}: must be a name"]
     if not 0 <= args.seed < 2**32:
         problems.append(f"--seed {args.seed}: must be 0 to 2**32 - 1")
     return problems
 
 
 def find_vocabulary(name: str) -> int | None:
-    """How many tokens a model's folder says that it writes; None where that is not known here."""
+    """How many tokens a model's folder says that it writes, where it says so."""
     try:
         config = json.loads((Path(name) / "config.json").read_text(encoding="utf-8"))
         parts = [config] + [config[key] for key in ("decoder", "text_config") if key in config]
@@ -244,16 +258,16 @@ def find_wrong_decoding(decoding: dict, vocabulary: int | None) -> list[str]:
     """Decoding flags out of range or of another type, and tokens beyond the vocabulary, where its size is known."""
     values = dict.fromkeys(name for _, _, flags in DECODING for name in flags.split()) | decoding
     problems = find_range_problems(values, DECODING)
-    for name, value in decoding.items():
+    for name, value in ((name, value) for name, value in decoding.items() if value is not None):
         said = None
-        if value is None:
-            continue
         if name in MOVED.split():
             said = "is no longer part of transformers; leave it out"
         elif name in BOOLEANS.split() and not isinstance(value, bool):
             said = "must be true or false"
         elif name == "early_stopping" and value not in (True, False, "never"):
             said = "must be true, false or never"
+        elif name == "num_assistant_tokens_schedule" and value not in SCHEDULES:
+            said = f"must be one of {', '.join(SCHEDULES)}"
         elif name == "stop_strings" and not all(s and isinstance(s, str) for s in as_list(value)):
             said = 'must be a text, or a list of texts: ["###", "End"]'
         elif name in TOKENS.split():

@@ -65,23 +65,25 @@ def test_missing_values_and_wrong_types_are_all_named(arguments):  # noqa: F811
         ("learning_rate", "nan", "0 or more"),
         ("learning_rate", "inf", "0 or more"),
         ("learning_rate", "-1", "0 or more"),
-        ("weight_decay", "nan", "0 or more"),
+        ("weight_decay", "nan", "0 to 1000"),
         ("label_smoothing_factor", "nan", "0 to 1, 1 left out"),
         ("adam_beta1", "1", "0 to 1, 1 left out"),
-        ("adam_epsilon", "0", "above 0"),
+        ("adam_epsilon", "0", "above 0 to 1"),
+        ("adam_epsilon", "1e30", "above 0 to 1"),
+        ("warmup_steps", "1e20", "0 to 1e12"),
         ("num_train_epochs", "0", "above 0"),
         ("max_steps", "-5", "-1 (by epochs) or 1 or more"),
         ("gradient_accumulation_steps", "-1", "1 or more"),
-        ("logging_steps", "nan", "above 0, and whole from 1 on"),
-        ("save_steps", "nan", "above 0, and whole from 1 on"),
-        ("eval_steps", "-1", "above 0, and whole from 1 on"),
+        ("logging_steps", "nan", "above 0, whole from 1 on"),
+        ("save_steps", "nan", "above 0, whole from 1 on"),
+        ("eval_steps", "-1", "above 0, whole from 1 on"),
         ("seed", "4294967296", "0 to 2**32 - 1"),
         ("save_total_limit", "0", "1 or more"),
     ],
 )
 def test_a_number_out_of_its_range_is_refused_with_the_range(arguments, flag, value, words):  # noqa: F811
     message = arguments(f"--{flag}={value}")
-    assert re.fullmatch(rf"--{flag} [-\w.]+: must be {re.escape(words)}", message)
+    assert re.fullmatch(rf"--{flag} [-+\w.]+: must be {re.escape(words)}", message)
 
 
 @pytest.mark.parametrize(
@@ -101,6 +103,18 @@ def test_a_number_out_of_its_range_is_refused_with_the_range(arguments, flag, va
         (["--metric_for_best_model", "eval_rogue1"], "--metric_for_best_model rogue1: not among the metrics"),
         (["--push_to_hub"], "--push_to_hub: needs the hub"),
         (["--tokenizer_name", "/nope"], "--tokenizer_name /nope: there is no such folder"),
+        (
+            ["--accelerator_config", '{"split_batch": true}'],
+            "split_batch is unknown to it; did you mean split_batches?",
+        ),
+        (["--delimiter", "abc"], "--delimiter 'abc': must be one character that separates"),
+        (["--delimiter", '"'], "must be one character that separates"),
+        (["--dataset_config_name", "en"], "--dataset_config_name: needs --dataset_name"),
+        (["--label_names", "summary"], "--label_names: these scripts call them labels"),
+        (["--include_for_metrics", "input"], "--include_for_metrics: knows inputs and loss"),
+        (["--optim_target_modules", "q"], "--optim_target_modules: is for --optim galore"),
+        (["--torch_compile_backend", "inductr"], "--torch_compile_backend: is unknown to torch"),
+        (["--torch_compile_mode", "fast"], "--torch_compile_mode: is none of torch.compile's"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_is_loaded(arguments, flags, said):  # noqa: F811
@@ -131,6 +145,15 @@ def test_what_cannot_work_is_refused_before_anything_is_loaded(arguments, flags,
         ({"scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": 1}}}, "is 1 but --learning_rate is 5e-05"),
         ({"scheduler": {"type": "WarmupLR", "params": {"warmup_num_step": 1}}}, "did you mean warmup_num_steps?"),
         ({"gradient_clipping": "x"}, 'gradient_clipping is "x"; must be a number'),
+        ({"zero_optimization": {"overlap_comm": True}}, "zero_optimization has no stage; write 0 to 3"),
+        ({"zero_optimization": "auto"}, 'zero_optimization is "auto"; must be an object'),
+        ({"bf16": {"enabeld": "auto"}}, "no such key: enabeld; did you mean enabled?"),
+        ({"zero_optimization": {"stage": 2, "reduce_bucket_siz": "auto"}}, "did you mean reduce_bucket_size?"),
+        (
+            {"zero_optimization": {"stage": 2, "reduce_bucket_size": True}},
+            "reduce_bucket_size is true; must be a number",
+        ),
+        ({"optimizer": {"type": "AdamW", "params": {"weight_decy": "auto"}}}, "did you mean weight_decay?"),
     ],
 )
 def test_a_deepspeed_file_is_checked_by_key_type_and_value(arguments, tmp_path, content, said):  # noqa: F811
