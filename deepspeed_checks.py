@@ -5,7 +5,6 @@
 # ///
 """
 Whether a DeepSpeed file is one: its keys, types and values as the installed version knows them, and as the flags say.
-
 Optional beside guards.py, which calls find_problems. DeepSpeed itself is imported only where a file is given.
 """
 
@@ -36,7 +35,8 @@ TWINS = (
     ("scheduler.params.warmup_max_lr", "learning_rate", lambda a: a.learning_rate),
 )
 
-# A DeepSpeed file's keys that are read elsewhere than at its start (0.19.8), whole numbers, and sections' keys.
+# A DeepSpeed file's keys that are read elsewhere than at its start (0.19.8), whole numbers, sections, their keys, and
+# those in them for whose "auto" the trainer has a value (accelerate 1.15).
 FURTHER_KEYS = ("autotuning", "elasticity", "sequence_parallel_size", "vocabulary_size", "compression_training")
 WHOLE = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "steps_per_print")
 SECTIONS = {
@@ -45,8 +45,11 @@ SECTIONS = {
     "activation_checkpointing": "partition_activations contiguous_memory_optimization cpu_checkpointing "
     "number_checkpoints synchronize_checkpoint_boundary profile",
 }
+OBJECTS = (*SECTIONS, "zero_optimization", "bf16")
 ADAM = "lr betas eps weight_decay bias_correction adam_w_mode torch_adam amsgrad fp32_optimizer_states"  # params
 NUMERIC = "lr eps weight_decay warmup_min_lr warmup_max_lr warmup_num_steps total_num_steps"
+FILLED = "enabled reduce_bucket_size stage3_prefetch_bucket_size stage3_param_persistence_threshold".split()
+FILLED += ["stage3_gather_16bit_weights_on_model_save"]
 NAMES = {bool: "true or false", int: "a whole number from 1 on", float: "a number", dict: "an object", str: "a text"}
 
 
@@ -54,8 +57,7 @@ def find_problems(args: argparse.Namespace) -> list[str]:
     """What is wrong with the file that --deepspeed names, and where it contradicts a flag of a training."""
     if args.deepspeed is None:
         return []
-    config, problems = read_file(args.deepspeed)
-    problems = problems or find_file_problems(args.deepspeed, config, args.use_cpu)
+    config, problems = read_and_check(args)
     return problems or find_contradictions(args.deepspeed, config, args)
 
 
@@ -63,25 +65,24 @@ def find_zero3_problems(args: argparse.Namespace) -> list[str]:
     """The same for a generation: it spreads a model's weights, which only stage 3 does."""
     if args.deepspeed is None:
         return []
-    config, problems = read_file(args.deepspeed)
-    problems = problems or find_file_problems(args.deepspeed, config, args.use_cpu)
+    config, problems = read_and_check(args)
     stage, said = look_up(config, "zero_optimization.stage"), "only stage 3 spreads a model's weights"
     return problems or ([] if stage == 3 else [f"--deepspeed {args.deepspeed}: has stage {stage}; {said}"])
 
 
-def read_file(path: str) -> tuple[dict, list[str]]:
-    """The content of a DeepSpeed file, and what is wrong with it."""
-    config = {}
+def read_and_check(args: argparse.Namespace) -> tuple[dict, list[str]]:
+    """The content of the file that --deepspeed names, and what is wrong with it."""
+    path, config, said = args.deepspeed, None, "not a JSON object"
     try:
         config = json.loads(Path(path).read_text(encoding="utf-8"))
-        said = "" if isinstance(config, dict) else "not a JSON object"
     except (FileNotFoundError, NotADirectoryError):
         said = "there is no such file"
     except OSError as error:
         said = f"cannot be read: {error.strerror}"
     except (ValueError, RecursionError) as error:
         said = f"not JSON: {error}"
-    return config, [f"--deepspeed {path}: {said}"] if said else []
+    wrong = [] if isinstance(config, dict) else [f"--deepspeed {path}: {said}"]
+    return config, wrong or find_file_problems(path, config, args.use_cpu)
 
 
 def look_up(config: dict, keys: str):
@@ -97,8 +98,7 @@ def find_contradictions(path: str, config: dict, args: argparse.Namespace) -> li
     pairs = [(keys, f"--{flag}", value(args)) for keys, flag, value in TWINS]
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * ranks
-    flags = "--per_device_train_batch_size x --gradient_accumulation_steps x ranks"
-    pairs.append(("train_batch_size", flags, rows))
+    pairs.append(("train_batch_size", "--per_device_train_batch_size x --gradient_accumulation_steps x ranks", rows))
     if args.warmup_steps == 0 or args.warmup_steps >= 1:  # a share depends on the data
         pairs.append(("scheduler.params.warmup_num_steps", "--warmup_steps", max(1, math.ceil(args.warmup_steps))))
     pairs.append(("scheduler.params.total_num_steps", "--max_steps", max(0, args.max_steps) or "not given"))
@@ -167,13 +167,11 @@ def find_file_problems(path: str, config: dict, use_cpu: bool) -> list[str]:
     problems += [f"{named}: no such key: {key}{suggest(key, known)}" for key in config if key not in known]
     for section, keys in SECTIONS.items():
         if isinstance(config.get(section), dict):
-            unknown = [key for key in config[section] if key not in keys.split()]
-            problems += [f"{named}: no such key: {section}.{k}{suggest(k, keys.split())}" for k in unknown]
-    for key, value in config.items():
+            unknown, absent = set(config[section]) - {*keys.split()}, f"{named}: no such key: {section}."
+            problems += [f"{absent}{key}{suggest(key, keys.split())}" for key in sorted(unknown)]
+    for key, value in (values | {k: "auto" for k in OBJECTS if config.get(k) == "auto"}).items():
         kind = int if key in WHOLE else type(known.get(key))
-        kind = dict if key in (*SECTIONS, "zero_optimization", "bf16") else kind
-        if value == "auto" and kind is not dict:
-            continue
+        kind = dict if key in OBJECTS else kind
         good = {float: is_number(value), int: is_number(value) and value == int(value) and value >= 1}
         if key in known and known[key] is not None or kind in (int, dict):
             if not good.get(kind, isinstance(value, kind)) and key not in ("pipeline", "communication_data_type"):
@@ -184,8 +182,8 @@ def find_file_problems(path: str, config: dict, use_cpu: bool) -> list[str]:
             problems.append(f"{named}: {name}.nvme_path {part.get('nvme_path')}: there is no such folder")
     problems += find_nested_problems(named, {k: v for k, v in config.items() if k not in SECTIONS}, fields)
     problems += find_block_problems(named, config, library.DEEPSPEED_OPTIMIZERS, lr_schedules)
-    none = "stage" not in values.get("zero_optimization", ["stage"])
-    none = [f"{named}: zero_optimization has no stage; write 0 to 3"] * none
+    stage = look_up(config, "zero_optimization.stage") if "zero_optimization" in config else 0
+    none = [f"{named}: zero_optimization has no stage; write 0 to 3"] * (stage == "auto")
     return problems or find_library_problems(named, values, library, fields) or none
 
 
@@ -195,8 +193,10 @@ def find_nested_problems(named: str, config: dict, fields: dict, inside: bool = 
     for key, value in config.items():
         if isinstance(value, dict):
             problems += find_nested_problems(named, value, fields, inside=True)
-        elif inside and value == "auto" and key not in fields:
-            problems.append(f"{named}: no such key: {key}{suggest(key, fields)}")
+        elif inside and value == "auto" and key not in FILLED:
+            problems.append(f'{named}: {key} is "auto", which the trainer does not fill in{suggest(key, FILLED)}')
+        elif key == "allgather_bucket_size" and is_number(value) and value % 2:
+            problems.append(f"{named}: {key} is {value}; must be even")
         elif inside and isinstance(value, bool) and "int" in (kind := str(fields.get(key))) and "bool" not in kind:
             problems.append(f"{named}: {key} is {json.dumps(value)}; must be a number")
     return problems
@@ -218,8 +218,8 @@ def find_block_problems(named: str, values: dict, optimizers: list[str], lr_sche
         elif block == "scheduler" or str(kind).lower() not in names and not hasattr(torch.optim, str(kind)):
             said = f"must be one of {', '.join(names)}{suggest(str(kind), names)}"
             problems.append(f"{named}: {block}.type {kind}: {said}")
-        unknown = [key for key in params if key not in known]
-        problems += [f"{named}: no such key: {block}.params.{key}{suggest(key, known)}" for key in unknown]
+        absent = f"{named}: no such key: {block}.params."
+        problems += [f"{absent}{key}{suggest(key, known)}" for key in params if key not in known]
         wrong = [k for k, v in params.items() if k in NUMERIC.split() and v != "auto" and not is_number(v)]
         problems += [f"{named}: {block}.params.{k} is {json.dumps(params[k])}; must be a number" for k in wrong]
     return problems

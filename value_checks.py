@@ -88,6 +88,7 @@ UNWORKABLE = (
     ("label_names", lambda a: a.label_names not in (None, ["labels"]), "these scripts call them labels"),
     ("include_for_metrics", lambda a: {*a.include_for_metrics} - {"inputs", "loss"}, "knows inputs and loss"),
     ("optim_target_modules", lambda a: not takes_modules(a), "is for --optim galore_... and apollo_..."),
+    ("dataloader_persistent_workers", lambda a: a.dataloader_num_workers < a.dataloader_persistent_workers, "is idle"),
     ("torch_compile_backend", lambda a: a.torch_compile_backend not in list_backends(a), "is unknown to torch"),
     ("torch_compile_mode", lambda a: a.torch_compile_mode not in MODES, "is none of torch.compile's"),
 )

@@ -114,6 +114,7 @@ def test_a_number_out_of_its_range_is_refused_with_the_range(arguments, flag, va
         (["--include_for_metrics", "input"], "--include_for_metrics: knows inputs and loss"),
         (["--optim_target_modules", "q"], "--optim_target_modules: is for --optim galore"),
         (["--torch_compile_backend", "inductr"], "--torch_compile_backend: is unknown to torch"),
+        (["--dataloader_persistent_workers"], "--dataloader_persistent_workers: is idle"),
         (["--torch_compile_mode", "fast"], "--torch_compile_mode: is none of torch.compile's"),
     ],
 )
@@ -147,7 +148,14 @@ def test_what_cannot_work_is_refused_before_anything_is_loaded(arguments, flags,
         ({"gradient_clipping": "x"}, 'gradient_clipping is "x"; must be a number'),
         ({"zero_optimization": {"overlap_comm": True}}, "zero_optimization has no stage; write 0 to 3"),
         ({"zero_optimization": "auto"}, 'zero_optimization is "auto"; must be an object'),
-        ({"bf16": {"enabeld": "auto"}}, "no such key: enabeld; did you mean enabled?"),
+        ({"bf16": {"enabeld": "auto"}}, "the trainer does not fill in; did you mean enabled?"),
+        (
+            {"zero_optimization": {"stage": 2, "overlap_comm": "auto"}},
+            'overlap_comm is "auto", which the trainer does',
+        ),
+        ({"zero_optimization": {"stage": 2, "allgather_bucket_size": 9}}, "allgather_bucket_size is 9; must be even"),
+        ({"zero_optimization": 0}, "zero_optimization is 0; must be an object"),
+        ({"zero_optimization": None}, "zero_optimization is null; must be an object"),
         ({"zero_optimization": {"stage": 2, "reduce_bucket_siz": "auto"}}, "did you mean reduce_bucket_size?"),
         (
             {"zero_optimization": {"stage": 2, "reduce_bucket_size": True}},
