@@ -45,7 +45,7 @@ SECTIONS = {
     "activation_checkpointing": "partition_activations contiguous_memory_optimization cpu_checkpointing "
     "number_checkpoints synchronize_checkpoint_boundary profile",
 }
-OBJECTS = (*SECTIONS, "zero_optimization", "bf16")
+BLOCKS = (*SECTIONS, "zero_optimization", "bf16")
 ADAM = "lr betas eps weight_decay bias_correction adam_w_mode torch_adam amsgrad fp32_optimizer_states"  # params
 NUMERIC = "lr eps weight_decay warmup_min_lr warmup_max_lr warmup_num_steps total_num_steps"
 FILLED = "enabled reduce_bucket_size stage3_prefetch_bucket_size stage3_param_persistence_threshold".split()
@@ -169,9 +169,9 @@ def find_file_problems(path: str, config: dict, use_cpu: bool) -> list[str]:
         if isinstance(config.get(section), dict):
             unknown, absent = set(config[section]) - {*keys.split()}, f"{named}: no such key: {section}."
             problems += [f"{absent}{key}{suggest(key, keys.split())}" for key in sorted(unknown)]
-    for key, value in (values | {k: "auto" for k in OBJECTS if config.get(k) == "auto"}).items():
+    for key, value in (values | {k: "auto" for k in BLOCKS if config.get(k) == "auto"}).items():
         kind = int if key in WHOLE else type(known.get(key))
-        kind = dict if key in OBJECTS else kind
+        kind = dict if key in BLOCKS else kind
         good = {float: is_number(value), int: is_number(value) and value == int(value) and value >= 1}
         if key in known and known[key] is not None or kind in (int, dict):
             if not good.get(kind, isinstance(value, kind)) and key not in ("pipeline", "communication_data_type"):
