@@ -23,12 +23,13 @@ import shutil
 import socket
 import zipfile
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
 try:
@@ -270,29 +271,25 @@ def compare_settings(old: dict, new: dict) -> list[str]:
 
 def find_problems(args: argparse.Namespace) -> list[str]:
     """An output folder may be new, empty, or a training's own; nothing else is written into."""
-    folder = Path(args.output_dir)
+    folder, named = Path(args.output_dir), f"--output_dir {args.output_dir}:"
     nearest = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     if not nearest.is_dir():
-        return [f"--output_dir {folder}: {nearest} is a file"]
+        return [f"{named} {nearest} is a file"]
     if not os.access(nearest, os.W_OK | os.X_OK):
-        return [f"--output_dir {folder}: {nearest} may not be written to; name another folder"]
+        return [f"{named} {nearest} may not be written to; name another folder"]
     # runs/ holds TensorBoard's curves, which an attempt writes from its first second on.
     held = sorted(p.name for p in folder.iterdir() if p.name != "runs") if folder.exists() else []
     if args.do_train:
         ours = SETTINGS in held or any(name.startswith("checkpoint-") for name in held)
         if "trainer_state.json" in held and SETTINGS not in held and args.resume_from_checkpoint is None:
-            return [
-                f"--output_dir {folder}: holds a finished run; name another folder, or go on from it with "
-                "--resume_from_checkpoint CHECKPOINT"
-            ]
+            way_out = "name another folder, or go on from it with --resume_from_checkpoint CHECKPOINT"
+            return [f"{named} holds a finished run; {way_out}"]
         if [name for name in held if name != LOCK] and not ours and args.resume_from_checkpoint is None:
-            return [
-                f"--output_dir {folder}: holds something else ({', '.join(held[:5])}) and no checkpoint to go on "
-                "from; name another folder or empty it"
-            ]
+            found = f"holds something else ({', '.join(held[:5])}) and no checkpoint to go on from"
+            return [f"{named} {found}; name another folder or empty it"]
         return []
     results = [name for name in held if name in ("all_results.json", "generated_predictions.jsonl")]
-    return [f"--output_dir {folder}: already holds {', '.join(results)}; name another folder"] if results else []
+    return [f"{named} already holds {', '.join(results)}; name another folder"] if results else []
 
 
 def choose_checkpoint(model_args, data_args, training_args) -> tuple[str | None, dict | None]:
@@ -343,9 +340,8 @@ def inspect_folder(settings: dict, training_args) -> tuple[str | None, dict | No
             return str(path), None
         print(f"Passing over {path}: {why}.", flush=True)
     if finished:
-        raise FolderError(
-            f"--output_dir {folder}: holds a finished run and no whole checkpoint to go on from; name another folder"
-        )
+        found = "holds a finished run and no whole checkpoint to go on from"
+        raise FolderError(f"--output_dir {folder}: {found}; name another folder")
     return None, None
 
 
@@ -390,15 +386,29 @@ def take_lock(folder: Path) -> None:
 # ------------------------------------------------------------------------------------------------ while it runs
 
 
+def load_weights(trainer, stock, *given) -> None:
+    """Load a checkpoint's weights, or the best one's; the trainer passes over those that the model calls otherwise."""
+    folder, model, saved = Path(given[0] if given else trainer.state.best_model_checkpoint), trainer.model, set()
+    for path in folder.glob("model*.safetensors"):
+        with safe_open(path, "pt") as content:
+            saved |= {*content.keys()}
+    if trainer.is_deepspeed_enabled or not isinstance(model, PreTrainedModel) or saved <= {*model.state_dict()}:
+        return stock(*given)
+    # Mixtral's experts (transformers 5.23): one tensor in the model, many in the file.
+    model.load_state_dict(type(model).from_pretrained(folder, dtype=model.dtype).state_dict())
+
+
 class RunFolder(TrainerCallback):
     """
     Locks the folder, says in it what the run was asked for, and vouches for every checkpoint once it is whole.
 
-    arguments: the script's model and data arguments.
+    Has the trainer load weights of other names, too. arguments: the script's model and data arguments.
     """
 
-    def __init__(self, folder: str, arguments: tuple):
-        self.folder, self.arguments, self.limit = Path(folder), arguments, None
+    def __init__(self, trainer, arguments: tuple):
+        self.folder, self.arguments, self.limit = Path(trainer.args.output_dir), arguments, None
+        for name in ("_load_from_checkpoint", "_load_best_model"):
+            setattr(trainer, name, partial(load_weights, trainer, getattr(trainer, name)))
 
     def on_train_begin(self, args, state, control, **kwargs):
         state.compute_steps(args, state.max_steps)  # the library keeps the checkpoint's logging_steps and the like

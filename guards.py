@@ -485,7 +485,7 @@ def start_tracking(trainer, *arguments) -> None:
     args = trainer.args
     own = [WholeRunLoss(), FiniteRun(trainer)]
     if checkpoints:
-        own.append(checkpoints.RunFolder(args.output_dir, arguments))
+        own.append(checkpoints.RunFolder(trainer, arguments))
     if portable_checkpoints:
         portable_checkpoints.follow(trainer, UsageError)
     trainer.callback_handler.callbacks[1:1] = own  # after the one that decides what is due, before those that print

@@ -13,7 +13,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
 import checkpoints
 import run_clm_instruct
@@ -176,6 +177,35 @@ def test_a_finished_run_without_checkpoints_is_not_gone_on_with(work, tmp_path):
     refused = start(work, tmp_path / "out", "--save_strategy", "no", "--max_steps", "2", check=False)
     assert refused.returncode == 2 and "Traceback" not in refused.stdout
     assert "holds a finished run and no whole checkpoint to go on from" in refused.stdout
+
+
+def test_a_mixture_of_experts_goes_on_with_its_experts_and_ends_with_the_best_ones(place, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(place / "tiny-llama")
+    shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    shape |= {"num_key_value_heads": 2, "num_local_experts": 4, "vocab_size": len(tokenizer)}
+    tokens = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    torch.manual_seed(0)
+    MixtralForCausalLM(MixtralConfig(**shape, **tokens)).save_pretrained(tmp_path / "mixtral")
+    tokenizer.save_pretrained(tmp_path / "mixtral")
+    words = ["--model_name_or_path", tmp_path / "mixtral", "--do_train", "--train_file", place / "train.jsonl"]
+    words += ["--validation_file", place / "validation.jsonl", "--do_eval", "--eval_strategy", "steps", "--eval_steps"]
+    words += ["2", "--prompt_template", "dolly", "--skip_audit", "--max_seq_length", "256", "--save_steps", "2"]
+    words += ["--lr_scheduler_type", "constant", "--per_device_train_batch_size", "4", "--load_best_model_at_end"]
+    for name, rate, steps in (
+        ("whole", "1e-2", "6"),
+        ("cut", "1e-2", "4"),
+        ("cut", "1e-2", "6"),
+        ("worse", "0.5", "4"),
+    ):
+        more = ("--learning_rate", rate, "--max_steps", steps, "--output_dir", name)
+        printed = run_warm(ROOT / "run_clm_instruct.py", *words, *more, cwd=tmp_path).stdout
+        assert "missing keys" not in printed
+    whole, cut = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
+    assert len(whole) > 20 and all(torch.equal(weights, cut[name]) for name, weights in whole.items())
+    best = json.loads((tmp_path / "worse/trainer_state.json").read_text())["best_model_checkpoint"]
+    assert Path(best).name == "checkpoint-2"
+    best, last = (load_file(tmp_path / name / "model.safetensors") for name in (best, "worse"))
+    assert all(torch.equal(weights, last[name]) for name, weights in best.items())
 
 
 # ------------------------------------------------------------------------------------------------ what decides
