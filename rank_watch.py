@@ -29,7 +29,7 @@ HOST = socket.gethostname()
 STORE_PATIENCE = datetime.timedelta(seconds=5)  # of one exchange with the ranks' store
 
 # How the libraries say that a disk is full, read-only or gone, and that another rank broke off the connection.
-DISK_FAULTS = "No space|Read-only file|Disk quota|Input/output error|StreamWriter|unexpected pos|Stale file|Not a dir"
+DISK_FAULTS = "No space|Read-only f|Disk quota|Input/output|StreamWriter|unexpected pos|iostream|Stale file|Not a dir"
 BROKEN_OFF = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo", "NCCL", "Timed out")
 
 current = None  # the Watch of this process

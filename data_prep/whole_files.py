@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 # How Python, safetensors, tokenizers and torch say that a disk is full, read-only or gone.
-DISK_FAULTS = "No space|Read-only file|Disk quota|Input/output error|StreamWriter|unexpected pos|Stale file|Not a dir"
+DISK_FAULTS = "No space|Read-only f|Disk quota|Input/output|StreamWriter|unexpected pos|iostream|Stale file|Not a dir"
 
 # What a training leaves beside its model: times are in it, which decide nothing.
 BESIDE_A_MODEL = {"complete.json", "run.json", "trainer_state.json", "training_args.bin", "README.md"}

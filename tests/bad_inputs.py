@@ -315,6 +315,7 @@ def main() -> int:
         make_place(Path(folder))
         started = time.monotonic()
         outcomes = try_many(args.count, args.seed, Path(folder), args.whole, args.seconds)
+        print(file=sys.stderr, flush=True)
         print_report(outcomes, time.monotonic() - started)
     return int(any(outcomes.get(name) for name in ("traceback", "hang", "overwritten")))
 

@@ -575,7 +575,7 @@ def refused(trained, table, tmp_path):
         (["--temperature", "0.7"], "temperature: do_sample is not set to True"),
         (["--length_penalty", "2.0"], "num_beams is set to 1"),
         (["--do_sample", "--temperature", "0"], "--temperature 0: must be a number above 0"),
-        (["--num_beams", "0"], "--num_beams 0: must be 1 or more"),
+        (["--num_beams", "0"], "--num_beams 0: must be 1 to 10000"),
         (["--min_new_tokens", "9", "--max_new_tokens", "5"], "--min_new_tokens 9 is more than --max_new_tokens 5"),
         (["--num_beams", "4", "--prompt_lookup_num_tokens", "3"], "--prompt_lookup_num_tokens: goes with greedy"),
         (["--max_source_length", "0"], "--max_source_length 0: must be 1 or more"),

@@ -101,7 +101,7 @@ def test_alone_in_an_empty_folder_it_has_the_losses_and_weights_of_the_script_wi
 ):
     losses, printed = train(copy(together["name"], tmp_path), together["words"], tmp_path / "out", way)
     assert len(losses) == 12 and losses[-1] < losses[0]
-    assert losses == pytest.approx(together["losses"], abs=2e-6)
+    assert losses == pytest.approx(together["losses"], rel=1e-6)
     for companion, sentence in SENTENCES.items():
         assert printed.count(sentence) == (ONE_SCRIPTS.get(companion, together["name"]) == together["name"])
         assert sentence not in together["printed"]
@@ -117,7 +117,7 @@ def test_each_absence_is_one_sentence_and_changes_no_loss(together, tmp_path, ab
         pytest.skip(f"{together['name']} does not use {absent}")
     words = [*together["words"], "--max_steps", "3"]
     losses, printed = train(copy(together["name"], tmp_path, (absent,)), words, tmp_path / "out")
-    assert losses == pytest.approx(together["losses"][:3], abs=2e-6)
+    assert losses == pytest.approx(together["losses"][:3], rel=1e-6)
     for companion, sentence in SENTENCES.items():
         assert printed.count(sentence) == (companion == absent)
     assert (tmp_path / "out/training_curves.png").exists() == (absent != "guards.py")
