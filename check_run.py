@@ -22,10 +22,10 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -116,75 +116,64 @@ def plain_deepspeed(path: str) -> dict:
 # ------------------------------------------------------------------------------------------------ children
 
 
-def start_ranks(args, mode: str, folder: Path, words: list[str], closed: list[str]) -> list[subprocess.Popen]:
-    """The processes of one stage, each the leader of its own session."""
+def set_up_environment() -> None:
+    """Before the libraries are loaded, here and for the processes forked from here: offline, on the CPU, no reports."""
+    os.environ |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    os.environ |= {"TOKENIZERS_PARALLELISM": "false", "WANDB_MODE": "disabled"}
+    os.environ |= {"OMP_NUM_THREADS": "1"}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "ACCELERATE_USE_CPU"):
+        os.environ.pop(name, None)
+    sys.dont_write_bytecode = True
+
+
+def start_ranks(args, mode: str, folder: Path, words: list[str], closed: list[str]) -> list[int]:
+    """Fork the processes of one stage, each the leader of its own session; returns their ids."""
     ranks, zero = (2 if mode in ("two", "zero") else 1), find_flag(args.arguments, "--deepspeed")[1]
     plan = {"mode": mode, "folder": str(folder), "events": str(folder / f"{mode}.jsonl"), "closed": closed}
-    plan |= {
-        "zero": bool(zero),
-        **{k: getattr(args, k) for k in ("batch", "steps", "rows", "seed", "keep_weights", "skip")},
-    }
-    environ = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    environ |= {"CHECK_RUN_PLAN": json.dumps(plan), "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
-    environ |= {"HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONDONTWRITEBYTECODE": "1"}
-    environ |= {"WANDB_MODE": "disabled", "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks))}
-    environ |= {"ACCELERATE_USE_CPU": "true", "TMPDIR": str(folder)}
-    if find_flag(words, "--dataset_name")[1] is None:  # local files: their cache goes with the folder
-        environ["HF_DATASETS_CACHE"] = str(folder / "datasets")
+    plan |= {name: getattr(args, name) for name in ("batch", "steps", "rows", "seed", "keep_weights", "skip")}
+    # Local files: what is cached of them goes with the folder. A data set of the hub is read from the user's cache.
+    plan |= {"zero": bool(zero), "own_cache": find_flag(words, "--dataset_name")[1] is None}
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    started = []
+    # A tiny clone gains nothing from a second thread, and beside other work it makes a step 10 times slower.
+    started, threads = [], str(max(1, (os.cpu_count() or 1) // ranks) if args.keep_weights else 1)
     for rank in range(ranks):
         own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "LOCAL_SIZE": ranks}
-        own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        own = {name: str(value) for name, value in own.items()} if ranks > 1 else {}
-        with open(folder / f"{mode}-{rank}.txt", "w") as output:
-            started.append(
-                subprocess.Popen(
-                    [sys.executable, str(SHIM), args.script, *words],
-                    env=environ | own,
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                )
-            )
+        own = own | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if ranks > 1 else {}
+        own = {name: str(value) for name, value in own.items()} | {"OMP_NUM_THREADS": threads, "TMPDIR": str(folder)}
+        process = os.fork()
+        if process == 0:
+            check_run_shim.run_script(plan, [args.script, *words], str(folder / f"{mode}-{rank}.txt"), own)
+        started.append(process)
     return started
 
 
-def end_ranks(ranks: list[subprocess.Popen]) -> None:
+def end_ranks(ranks: list[int]) -> None:
     """End the processes, with all that they started."""
     for rank in ranks:
-        try:
-            os.killpg(rank.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-        rank.wait()
+        with suppress(ProcessLookupError):
+            os.killpg(rank, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.kill(rank, signal.SIGKILL)  # one that is not yet the leader of its session
+        with suppress(ChildProcessError):
+            os.waitpid(rank, 0)
 
 
-def follow(args, mode: str, folder: Path, ranks: list[subprocess.Popen], tell) -> str:
+def follow(args, mode: str, folder: Path, ranks: list[int], tell) -> str:
     """Call tell(event) for each line that a stage writes; returns why it ended early, or ''."""
-    path, position, last = folder / f"{mode}.jsonl", 0, time.monotonic()
+    path, position, last, gone = folder / f"{mode}.jsonl", 0, time.monotonic(), {}
     while True:
-        codes = [rank.poll() for rank in ranks]
-        if path.exists():
-            with open(path, encoding="utf-8") as stream:
-                stream.seek(position)
-                lines = stream.readlines()
-                whole = [line for line in lines if line.endswith("\n")]
-                position += sum(len(line.encode()) for line in whole)
-            for event in map(json.loads, whole):
-                if "done" in event:
-                    return ""
-                if "ended" in event:
-                    return event["ended"]
-                tell(event)
-                last = time.monotonic()
-        if any(code is not None for code in codes) and not any(code is None for code in codes):
-            return f"ends with exit code {codes[0]} before it trains"
-        if any(codes):
-            return f"a process of it ends with exit code {next(filter(None, codes))}"
+        gone |= {rank: status for rank, status in (os.waitpid(r, os.WNOHANG) for r in ranks if r not in gone) if rank}
+        lines = path.read_bytes()[position:].splitlines(keepends=True) if path.exists() else []
+        for line in (line for line in lines if line.endswith(b"\n")):
+            position, event, last = position + len(line), json.loads(line), time.monotonic()
+            if "done" in event or "ended" in event:
+                return event.get("ended", "")
+            tell(event)
+        code = next((os.waitstatus_to_exitcode(status) for status in gone.values() if status), None)
+        if code is not None or len(gone) == len(ranks):
+            return f"ends with exit code {code or 0} before its checks are made"
         if time.monotonic() - last > args.time_limit:
             return f"over the time limit of {args.time_limit:g} s (--time_limit)"
         time.sleep(0.1)
@@ -194,12 +183,8 @@ def explain_end(why: str, words: list[str], output: str) -> str:
     """One sentence on a script that did not get to the checks, from what it printed."""
     if "unrecognized arguments" in output and "--output_dir" in output.split("unrecognized arguments")[-1]:
         return "takes no --output_dir: leave the flag out, what the trainer writes is put elsewhere anyway"
-    shrunk = re.findall(r"ValueError: (\S+ cannot be shrunk: .*)", output)
-    if shrunk:
-        return shrunk[-1]
-    errors = re.findall(r"^(?:\w+\.)*(\w*(?:Error|Exception)): ?(.*)$", output, re.MULTILINE)
-    crashed = "exit code" in why and errors and "usage:" not in output
-    return f"crashes before it trains: {errors[-1][0]}: {errors[-1][1]}" if crashed else why
+    errors = re.findall(r"^(?:error: |.*: error: )(.*)$", output, re.MULTILINE)
+    return f"{why}: {errors[-1]}" if "exit code" in why and errors else why
 
 
 # ------------------------------------------------------------------------------------------------ reports
@@ -265,8 +250,8 @@ def make_checks(args, folder: Path) -> tuple[dict, dict]:
         finally:
             end_ranks(ranks)
         if why:
-            failed = next((number for number, rank in enumerate(ranks) if (rank.returncode or 0) > 0), 0)
-            output = (folder / f"{mode}-{failed}.txt").read_text(errors="replace")
+            printed = [path.read_text(errors="replace") for path in sorted(folder.glob(f"{mode}-*.txt"))]
+            output = next((text for text in printed if "Traceback" in text), printed[0])
             why = explain_end(why, own, output)
             if checks:
                 print(f"{mode}: {why}", *output.rstrip().splitlines()[-LAST_LINES:], sep="\n    ", file=sys.stderr)
@@ -296,12 +281,17 @@ def make_checks(args, folder: Path) -> tuple[dict, dict]:
 
 
 def main(argv=None) -> int:
+    global check_run_shim
     args, start = parse_args(argv), time.monotonic()
+    set_up_environment()
+    import check_run_shim  # with torch and transformers, which every process needs, once
+
     folder = Path(tempfile.mkdtemp(prefix="check_run-"))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through the `finally`s
     try:
         checks, about = make_checks(args, folder)
     finally:
+        sys.stdout.flush()
         shutil.rmtree(folder, ignore_errors=True)
     if "ended" in about:
         print(f"error: {args.script} {about['ended']}", *about["output"], sep="\n    ", file=sys.stderr)

@@ -2,14 +2,16 @@
 """
 The inside of check_run.py: runs a training script with a tiny clone of its model and compares variants of its run.
 
-Not to be started by hand: check_run.py starts it, one process a rank, with a plan in CHECK_RUN_PLAN. The script is not
+check_run.py imports this and forks a process for each rank, which calls run_script() with a plan. The script is not
 edited. Its from_pretrained() gives a clone, its Trainer.train() makes the checks of the plan's mode, one JSON line each
 in the plan's file of events, and the process ends there. Modes: one (a process), again (resumes one's checkpoint in a
 fresh process), two (ranks, gloo), zero (the same with the DeepSpeed file). Tested with transformers 5.23.
 """
 
+import builtins
 import contextlib
 import copy
+import ctypes
 import gc
 import inspect
 import json
@@ -18,6 +20,7 @@ import os
 import runpy
 import signal
 import sys
+import traceback
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -27,8 +30,7 @@ import transformers
 from accelerate.state import AcceleratorState, GradientState
 from transformers import GenerationMixin, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 
-PLAN = json.loads(os.environ["CHECK_RUN_PLAN"])
-FOLDER, MODE, RANK = Path(PLAN["folder"]), PLAN["mode"], int(os.environ.get("RANK", 0))
+PLAN, FOLDER, MODE, RANK = {}, Path(), "", 0  # set by run_script() in the process of a rank
 LOSS, NORM, WEIGHTS, LOGITS = 1e-4, 1e-3, 1e-2, 1e-3  # bounds; docs/check_run.md says why these
 PIECES = {"rows": 64, "views": 3, "evaluated": 7}  # rows whose labels are read, shown token by token, evaluated
 SEEN = {"trainers": 0, "clones": [], "flash": False}  # what the script did so far
@@ -164,12 +166,12 @@ def map_first_rows(rows, *args, **settings):
 
 
 def generate_few(model, *args, **settings):
-    """In the place of generate(): 16 tokens show whether texts agree."""
+    """In the place of generate(): 8 tokens show whether texts agree."""
     settings = {k: v for k, v in settings.items() if k not in ("max_length", "min_length", "min_new_tokens")}
     if settings.get("generation_config") is not None:
         settings["generation_config"] = copy.deepcopy(settings["generation_config"])
         settings["generation_config"].max_new_tokens = None
-    return REAL_GENERATE(model, *args, **settings | {"max_new_tokens": 16})
+    return REAL_GENERATE(model, *args, **settings | {"max_new_tokens": 8})
 
 
 def make_trainer(trainer, *args, **settings) -> None:
@@ -195,8 +197,8 @@ def patch_libraries() -> None:
         import datasets
 
         REAL_MAP, datasets.Dataset.map = datasets.Dataset.map, map_first_rows
-    import builtins
-
+        if PLAN["own_cache"]:
+            datasets.config.HF_DATASETS_CACHE = FOLDER / "datasets"
     builtins.input = refuse_input
     sys.addaudithook(watch_writes)
 
@@ -690,7 +692,7 @@ def check_tied(stage: Stage) -> dict:
         return not_tried("the model has no output embeddings")
     asked = bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
     tied = ins.weight is outs.weight or ins.weight.data_ptr() == outs.weight.data_ptr()
-    said = f"tie_word_embeddings is {asked}, and the two are {'one' if tied else 'two'} matrices"
+    said = f"tie_word_embeddings is {asked}, and the two are {'one matrix' if tied else 'two matrices'}"
     return result("holds" if tied == asked else "fails", float(tied), float(asked), said)
 
 
@@ -1046,8 +1048,6 @@ def train_instead(trainer, *args, **settings) -> None:
         try:
             made = check(stage)
         except Exception as error:  # a script's trainer may raise anything
-            import traceback
-
             traceback.print_exc()
             made = not_tried(f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error) else ''}")
             stage.reference["no checkpoint"] = made["detail"]
@@ -1068,31 +1068,36 @@ def train_instead(trainer, *args, **settings) -> None:
 def end_with_parent() -> None:
     """The kernel ends this process with check_run.py, however that ends (Linux)."""
     with contextlib.suppress(OSError, AttributeError):
-        import ctypes
-
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
-def main() -> None:
+def run_script(plan: dict, words: list[str], output: str, environ: dict[str, str]) -> None:
+    """Become a rank: run the script, whose arguments follow it in words, to where it trains; does not return."""
+    global PLAN, FOLDER, MODE, RANK
+    PLAN, FOLDER, MODE, RANK = plan, Path(plan["folder"]), plan["mode"], int(environ.get("RANK", 0))
+    os.setsid()
+    gc.freeze()  # the libraries' own objects: a collection then takes milliseconds instead of a second
     end_with_parent()
-    sys.argv = sys.argv[1:]
-    sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0]))
-    if MODE == "zero":
-        join_ranks()
-    patch_libraries()
+    os.environ.update(environ)
+    for number, path in enumerate((os.devnull, output, output)):
+        os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND), number)
+    sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w", buffering=1), open(2, "w", buffering=1)
+    torch.set_num_threads(int(environ["OMP_NUM_THREADS"]))
+    sys.argv, sys.path[0] = words, os.path.dirname(os.path.abspath(words[0]))
     ended = "ends without calling Trainer.train(): it does not train"
     try:
-        runpy.run_path(sys.argv[0], run_name="__main__")
-    except EOFError:
-        send({"ended": "asks for input, and nobody is there to answer"})
-        raise
+        if MODE == "zero":
+            join_ranks()
+        patch_libraries()
+        runpy.run_path(words[0], run_name="__main__")
     except SystemExit as end:
         ended = ended if end.code in (None, 0) else f"ends with exit code {end.code} before it trains"
+    except BaseException as error:  # whatever a script raises
+        traceback.print_exc()
+        ended = "asks for input, and nobody is there to answer"
+        ended = ended if isinstance(error, EOFError) else f"crashes before it trains: {type(error).__name__}: {error}"
+        ended = str(error) if "cannot be shrunk" in str(error) else ended
     if not SEEN["trainers"] and ended.startswith("ends without"):
         ended = "uses no transformers.Trainer: there is nothing to check"
     send({"ended": ended})
     leave(1)
-
-
-if __name__ == "__main__":
-    main()
