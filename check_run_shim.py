@@ -240,7 +240,10 @@ class Record(TrainerCallback):
         real = trainer.training_step
 
         def training_step(model, inputs, *args, **settings):
-            self.rows.append([zlib.crc32(row.cpu().numpy().tobytes()) for row in inputs.get("input_ids", [])])
+            ids, mask = inputs.get("input_ids", []), inputs.get("attention_mask")
+            masked = torch.is_tensor(mask) and mask.shape == ids.shape
+            rows = (row[mask[i] > 0] if masked else row for i, row in enumerate(ids))
+            self.rows.append([zlib.crc32(row.numpy().tobytes()) for row in rows])
             loss = real(model, inputs, *args, **settings)
             self.modes.add(trainer.model.training)
             return loss
@@ -524,6 +527,10 @@ def check_ranks(stage: Stage) -> dict:
     worst, said = compare_runs(run, base, stage.start)
     why = explain_factor(stage, run["losses"][0] / base["losses"][0], 2, "number of processes")
     said = f"2 processes against 1: {said}"
+    rows = [None] * 2
+    torch.distributed.all_gather_object(rows, run["rows"][0])
+    if worst > 1 and sorted(sum(rows, [])) != sorted(base["rows"][0]):
+        why = "two processes train on other rows than one, or on rows put together otherwise"
     curves = {"1 process": base["losses"], "2 processes": run["losses"]}
     return judge(worst, 1.0, said, f"{why}. {said}", curves=curves)
 
