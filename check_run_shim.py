@@ -446,6 +446,11 @@ def judge(figure: float, bound: float, good: str, bad: str, **data) -> dict:
     return result("holds" if fine else "fails", figure, bound, good if fine else bad, **data)
 
 
+def judge_factor(worst: float, factor: float, bound: float, good: str, bad: str, **data) -> dict:
+    """worst: in units of the bound; factor: how many times as much, which is to be 1."""
+    return result("holds" if worst <= 1 else "fails", factor, bound, good if worst <= 1 else bad, **data)
+
+
 def gap(first: float, second: float) -> float:
     return abs(first - second) / max(abs(second), 1e-9) if math.isfinite(first) else math.inf
 
@@ -460,15 +465,17 @@ def compare_weights(weights: dict, others: dict, start: dict, bound: float) -> t
     return math.sqrt(sum(value**2 for value in off.values())) / max(whole, 1e-12), first
 
 
-def compare_runs(run: dict, base: dict, start: dict) -> tuple[float, str]:
-    """(largest difference in units of its bound, a sentence on it)"""
-    loss, norm = gap(run["losses"][0], base["losses"][0]), gap(run["norms"][0], base["norms"][0])
+def compare_runs(run: dict, base: dict, start: dict) -> tuple[float, float, float, str]:
+    """(difference in units of its bound, figure, its bound, a sentence); figure: how many times as much, of the worst."""
+    factors = [run[name][0] / base[name][0] for name in ("losses", "norms")]
     later = max(gap(a, b) for a, b in zip(run["losses"], base["losses"], strict=True))
     moved, first = compare_weights(run["weights"], base["weights"], start, WEIGHTS)
-    worst = max(loss / LOSS, norm / NORM, moved / WEIGHTS, later / LOSS / 10)
-    said = f"loss {run['losses'][0] / base['losses'][0]:.2f}×, gradient {run['norms'][0] / base['norms'][0]:.2f}×"
+    parts = [(abs(f - 1) / bound, f, 1 + bound) for f, bound in zip(factors, (LOSS, NORM), strict=True)]
+    parts += [(moved / WEIGHTS, 1 + moved, 1 + WEIGHTS), (later / LOSS / 10, 1 + later, 1 + 10 * LOSS)]
+    worst = next((part for part in parts if not part[0] <= 1), parts[0])
+    said = f"loss {factors[0]:.2f}×, gradient {factors[1]:.2f}×"
     said += f", weights after {len(run['losses'])} steps off by {moved:.1e} of the update"
-    return worst, said + (f", first in {first}" if first and worst > 1 else "")
+    return *worst, said + (f", first in {first}" if first and worst[0] > 1 else "")
 
 
 def explain_factor(stage: Stage, ratio: float, steps: int, what: str) -> str:
@@ -498,10 +505,10 @@ def check_repeat(stage: Stage) -> dict:
     base, again = stage.base(), stage.run(stage.batch)
     if not all(map(math.isfinite, base["losses"])):
         return result("fails", None, None, f"the losses are {base['losses']}: not numbers")
-    worst, said = compare_runs(again, base, stage.start)
+    worst, factor, bound, said = compare_runs(again, base, stage.start)
     same = again["rows"] == base["rows"]
     bad = f"the same run, twice with one seed, differs ({'' if same else 'other rows; '}{said}): something is drawn "
-    return judge(worst, 1.0, "the same run twice is the same", bad + "that no seed decides")
+    return judge_factor(worst, factor, bound, "the same run twice is the same", bad + "that no seed decides")
 
 
 def check_cut(stage: Stage) -> dict:
@@ -511,12 +518,12 @@ def check_cut(stage: Stage) -> dict:
     cuts = [(n, 1), *([(n // 2, 2)] if n > 2 else []), (1, n)]
     runs = {f"{b}×{a}": base if a == 1 else stage.run(b, a) for b, a in cuts}
     compared = {name: compare_runs(run, base, stage.start) for name, run in runs.items()}
-    worst = max(value for value, _ in compared.values())
-    said = "; ".join(f"{name}: {text}" for name, (_, text) in compared.items() if runs[name] is not base)
+    worst, factor, bound, _ = max(compared.values(), key=lambda part: part[0])
+    said = "; ".join(f"{name}: {parts[-1]}" for name, parts in compared.items() if runs[name] is not base)
     last = runs[f"1×{n}"]
     why = explain_factor(stage, last["losses"][0] / base["losses"][0], n, "accumulation steps")
     curves = {name: run["losses"] for name, run in runs.items()}
-    return judge(worst, 1.0, said, f"{why}. {said}", curves=curves)
+    return judge_factor(worst, factor, bound, said, f"{why}. {said}", curves=curves)
 
 
 def check_ranks(stage: Stage) -> dict:
@@ -524,7 +531,7 @@ def check_ranks(stage: Stage) -> dict:
     if base is None:
         return not_tried("the run on one process gave nothing to compare with")
     run = stage.run(stage.batch // 2)
-    worst, said = compare_runs(run, base, stage.start)
+    worst, factor, bound, said = compare_runs(run, base, stage.start)
     why = explain_factor(stage, run["losses"][0] / base["losses"][0], 2, "number of processes")
     said = f"2 processes against 1: {said}"
     rows = [None] * 2
@@ -532,7 +539,7 @@ def check_ranks(stage: Stage) -> dict:
     if worst > 1 and sorted(sum(rows, [])) != sorted(base["rows"][0]):
         why = "two processes train on other rows than one, or on rows put together otherwise"
     curves = {"1 process": base["losses"], "2 processes": run["losses"]}
-    return judge(worst, 1.0, said, f"{why}. {said}", curves=curves)
+    return judge_factor(worst, factor, bound, said, f"{why}. {said}", curves=curves)
 
 
 def check_zero_ranks(stage: Stage) -> dict:
@@ -540,13 +547,13 @@ def check_zero_ranks(stage: Stage) -> dict:
     if base is None:
         return not_tried("the run on one process gave nothing to compare with")
     run = stage.once("zero", lambda: stage.with_state(stage.run(stage.batch // 2, sgd=False)))
-    loss, norm = gap(run["losses"][0], base["losses"][0]), gap(run["norms"][0], base["norms"][0])
-    ratio = run["losses"][0] / base["losses"][0]
+    ratio, norm = (run[name][0] / base[name][0] for name in ("losses", "norms"))
     said = f"2 ranks with the DeepSpeed file against 1 process: loss {ratio:.2f}×"
-    said += f", gradient {run['norms'][0] / base['norms'][0]:.2f}×"
-    why = explain_factor(stage, ratio, 2, "number of processes")
-    norm = norm if math.isfinite(norm) else 0.0  # a stage that tells no norm
-    return judge(max(loss / LOSS, norm / NORM), 1.0, said, f"{why}. {said}")
+    norm = norm if math.isfinite(norm) else 1.0  # a stage that tells no norm
+    said += f", gradient {norm:.2f}×"
+    why, off = explain_factor(stage, ratio, 2, "number of processes"), abs(ratio - 1) / LOSS
+    worst = (off, ratio, 1 + LOSS) if off > 1 else (abs(norm - 1) / NORM, norm, 1 + NORM)
+    return judge_factor(*worst, said, f"{why}. {said}")
 
 
 def check_optimizer(stage: Stage) -> dict:
