@@ -234,7 +234,11 @@ def folders(work, place, tmp_path_factory):
 def test_no_causal_type_gives_a_false_alarm(kind, folders, place, tmp_path):
     words = ["--model_name_or_path", folders(kind), "--train_file", place / "train.jsonl"]
     checks = check(tmp_path, CASES / "causal.py", *words)
-    assert not find(checks, "fails") and find(checks, "not tried") == ["packing", "ranks under DeepSpeed"]
+    assert find(checks, "not tried") == ["packing", "ranks under DeepSpeed"]
+    if kind == "mixtral":  # true: the Trainer resumes without its experts (transformers 5.23)
+        assert find(checks, "fails") == ["resume"] and "which are not loaded, with" in checks["resume"]["detail"]
+    else:
+        assert not find(checks, "fails")
 
 
 @pytest.mark.slow
