@@ -254,7 +254,8 @@ def test_no_encoder_decoder_type_gives_a_false_alarm(kind, folders, work, tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="trl is not installed")
-def test_a_script_of_trl_can_be_checked(place, tmp_path):
+def test_of_a_script_of_trl_only_the_evaluation_depends_on_batches_and_ranks(place, tmp_path):
     words = ["--model_name_or_path", place / "tiny-llama", "--train_file", place / "train.jsonl"]
-    checks = check(tmp_path, CASES / "trl_sft.py", *words)
-    assert {checks[name]["status"] for name in ("repeatable", "labels", "batch cut", "ranks", "resume")} == {"holds"}
+    checks = check(tmp_path, CASES / "trl_sft.py", *words, "--learning_rate", "1e-3")
+    assert find(checks, "fails") == ["evaluation", "evaluation on ranks"]  # eval_loss is a mean of the batches' means
+    assert find(checks, "not tried") == ["packing", "ranks under DeepSpeed"]
