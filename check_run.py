@@ -104,7 +104,7 @@ def plain_deepspeed(path: str) -> dict:
     config |= {
         k: "auto" for k in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
     }
-    config |= {k: {"enabled": False} for k in ("bf16", "fp16") if k in config}
+    config |= {k: {"enabled": "auto"} for k in ("bf16", "fp16") if k in config}  # by the flags, which are off
     for key in ("offload_optimizer", "offload_param"):
         config.get("zero_optimization", {}).pop(key, None)
     if config.get("optimizer", {}).get("type", "").lower() in ("adam", "adamw"):
@@ -118,7 +118,7 @@ def plain_deepspeed(path: str) -> dict:
 
 
 def set_up_environment() -> None:
-    """Before the libraries are loaded, here and for the processes forked from here: offline, on the CPU, no reports."""
+    """Before the libraries are loaded, here and for the processes forked from here: offline, on the CPU."""
     os.environ |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     os.environ |= {"TOKENIZERS_PARALLELISM": "false", "WANDB_MODE": "disabled"}
     os.environ |= {"OMP_NUM_THREADS": "1"}

@@ -3,9 +3,9 @@
 The inside of check_run.py: runs a training script with a tiny clone of its model and compares variants of its run.
 
 check_run.py imports this and forks a process for each rank, which calls run_script() with a plan. The script is not
-edited. Its from_pretrained() gives a clone, its Trainer.train() makes the checks of the plan's mode, one JSON line each
-in the plan's file of events, and the process ends there. Modes: one (a process), again (resumes one's checkpoint in a
-fresh process), two (ranks, gloo), zero (the same with the DeepSpeed file). Tested with transformers 5.23.
+edited. Its from_pretrained() gives a clone, its Trainer.train() makes the checks of the plan's mode, one JSON line
+each in the plan's file of events, and the process ends there. Modes: one (a process), again (resumes one's checkpoint
+in a fresh process), two (ranks, gloo), zero (the same with the DeepSpeed file). Tested with transformers 5.23.
 """
 
 import builtins
@@ -49,7 +49,7 @@ SMALL |= dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts"),
 
 
 def shrink(values: dict, narrow: bool = True) -> dict:
-    """A configuration's values with few layers, one of each special kind, and narrow ones; vocabulary and ties stay."""
+    """A configuration's values with few narrow layers, one of each special kind; vocabulary and ties stay."""
     small = {k: shrink(v, narrow) if isinstance(v, dict) and "model_type" in v else v for k, v in values.items()}
     kinds = values.get("layer_types")
     count = max(2, len(set(kinds))) if kinds else 2
@@ -92,7 +92,7 @@ def spread_weights(model) -> None:
 
 
 def load_clone(cls, name, *args, config=None, **settings):
-    """In the place of from_pretrained: the clone, saved as a folder, by the real one with the script's own settings."""
+    """In the place of from_pretrained: the clone, saved as a folder, by the real one with the script's settings."""
     if PLAN["keep_weights"]:
         return REAL_LOAD(cls, name, *args, config=config, **settings)
     if not isinstance(config, transformers.PretrainedConfig):
@@ -346,7 +346,7 @@ class Stage:
         return trainer
 
     def run(self, batch: int, accumulation: int = 1, steps: int = 2, sgd: bool = True, resume=None, **changes) -> dict:
-        """One variant of the run: plain SGD without clipping, the rows in their order, or with the user's optimizer."""
+        """One variant of the run: plain SGD without clipping, or the user's optimizer; the rows in their order."""
         if sgd:
             changes |= {"max_grad_norm": 1e9, "lr_scheduler_type": transformers.SchedulerType.CONSTANT}
         changes = {"train_sampling_strategy": "sequential"} | changes
@@ -467,7 +467,7 @@ def compare_weights(weights: dict, others: dict, start: dict, bound: float) -> t
 
 
 def compare_runs(run: dict, base: dict, start: dict) -> tuple[float, float, float, str]:
-    """(difference in units of its bound, figure, its bound, a sentence); figure: how many times as much, of the worst."""
+    """(difference in units of its bound, figure, its bound, a sentence); figure: how many times as much."""
     factors = [run[name][0] / base[name][0] for name in ("losses", "norms")]
     later = max(gap(a, b) for a, b in zip(run["losses"], base["losses"], strict=True))
     moved, first = compare_weights(run["weights"], base["weights"], start, WEIGHTS)
@@ -572,8 +572,8 @@ def check_optimizer(stage: Stage) -> dict:
     why = f"{where} it trains to other weights, first in {first}"
     if base["state"] < 0.5 and run["state"] > 0.9:
         why = (
-            f"is not {name.title()} any more: factored states become full. ZeRO hands the optimizer flat pieces, which "
-            "it cannot factor; take zero_adafactor.py, or AdamW"
+            f"is not {name.title()} any more: factored states become full. ZeRO hands the optimizer flat pieces, "
+            "which it cannot factor; take zero_adafactor.py, or AdamW"
         )
         return result("fails", moved, base["noise"], f"{why}. {said}")
     return judge(
@@ -639,7 +639,7 @@ def check_resume(stage: Stage) -> dict:
 
 
 def find_lost(checkpoint: str, model) -> str:
-    """What a checkpoint does not have by the model's own names: Trainer passes over it in silence (5.23, MoE models)."""
+    """What a checkpoint does not have by the model's own names: Trainer passes over it silently (5.23, MoE models)."""
     path = Path(checkpoint) / "model.safetensors"
     if not path.is_file():
         return ""
@@ -724,12 +724,14 @@ def check_tied(stage: Stage) -> dict:
 
 
 def check_gradients(stage: Stage) -> dict:
-    moved, names = stage.base()["moved"], dict(stage.model.named_parameters())
+    moved, model = stage.base()["moved"], stage.model
+    tables = tuple(n for n, module in model.named_modules() if "Sinusoidal" in type(module).__name__)  # never trained
+    names = {n: p for n, p in model.named_parameters() if not (tables and n.startswith(tables))}
     still = [n for n, p in names.items() if p.requires_grad and n not in moved]
     frozen = [n for n, p in names.items() if not p.requires_grad]
-    fresh = set() if hasattr(stage.model, "peft_config") else {n for n in frozen if "embed_positions" not in n}
+    fresh = [] if hasattr(model, "peft_config") else frozen
     bad = [f"{len(still)} parameters get no gradient: {', '.join(still[:3])}"] * bool(still)
-    bad += [f"{len(fresh)} parameters are frozen and not trained: {', '.join(sorted(fresh)[:3])}"] * bool(fresh)
+    bad += [f"{len(fresh)} parameters are frozen and not trained: {', '.join(fresh[:3])}"] * bool(fresh)
     said = f"{len(moved)} parameters get a gradient" + f", {len(frozen)} are frozen" * bool(frozen)
     return result("fails" if bad else "holds", len(still) + len(fresh), 0, "; ".join(bad) or said)
 
@@ -804,7 +806,7 @@ def find_stops(stage: Stage) -> set[int]:
 
 
 def are_blocks(stage: Stage, rows: list[dict]) -> bool:
-    """Whether rows are one text cut into pieces of one length, with stops in the middle and nothing that parts them."""
+    """Whether rows are one text cut into pieces of one length, with stops inside and nothing that parts them."""
     sizes, stops = Counter(len(row["ids"]) for row in rows), find_stops(stage)
     same = len(rows) > 2 and sizes.most_common(1)[0][1] >= 0.8 * len(rows)
     inside = sum(bool(stops & set(row["ids"][1:-3])) for row in rows)

@@ -48,7 +48,8 @@ def test_a_script_comes_with_what_it_uses_and_with_nothing_else(script, used, tm
         assert (tmp_path / "new/mine" / name).read_bytes() == (ROOT / name).read_bytes()
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith(f"{tmp_path}/new/mine/{script}: ") and len(lines) == 1 + len(used)
-    assert all(re.fullmatch(r"\S+\.py: [A-Z].{30,}\.|\S+\.jinja: (--prompt_template \w+|A report's page)", line) for line in lines)
+    known = r"\S+\.py: [A-Z].{30,}\.|\S+\.jinja: (--prompt_template \w+|A report's page)"
+    assert all(re.fullmatch(known, line) for line in lines)
 
 
 def test_the_programs_that_scripts_start_are_known():
