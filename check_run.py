@@ -185,7 +185,7 @@ def explain_end(why: str, words: list[str], output: str) -> str:
     if "unrecognized arguments" in output and "--output_dir" in output.split("unrecognized arguments")[-1]:
         return "takes no --output_dir: leave the flag out, what the trainer writes is put elsewhere anyway"
     errors = re.findall(r"^(?:error: |.*: error: )(.*)$", output, re.MULTILINE)
-    return f"{why}: {errors[-1]}" if "exit code" in why and errors else why
+    return f"{why}: {'; '.join(errors)}" if "exit code" in why and errors else why
 
 
 # ------------------------------------------------------------------------------------------------ reports
