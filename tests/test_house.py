@@ -28,6 +28,7 @@ COMPANIONS = (
     "portable_checkpoints.py",
 )
 COMPANIONS = [ROOT / name for name in COMPANIONS]
+PROOF = [ROOT / "check_run.py", ROOT / "check_run_shim.py"]
 TOOLS = sorted([*ROOT.glob("data_prep/*.py"), *ROOT.glob("tools/*.py")])
 # Every tool's and companion's own, as main() is, and which companions a script found.
 OWN = {"parse_args", "check_args", "find_problems", "guards", "model_checks", "UsageError", "RowError"}
@@ -51,6 +52,8 @@ MOST_LINES = {
     "model_checks.py": 150,
     "fast_batches.py": 450,
     "cpu_dropout.py": 100,
+    "check_run.py": 320,
+    "check_run_shim.py": 1140,
     "zero_adafactor.py": 500,
     "README.md": 180,
 }
@@ -75,7 +78,7 @@ def test_a_file_is_no_longer_than_a_person_reads(name):
     assert len((ROOT / name).read_text(encoding="utf-8").splitlines()) <= MOST_LINES[name]
 
 
-@pytest.mark.parametrize("path", [*SCRIPTS, *COMPANIONS, *TOOLS], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [*SCRIPTS, *COMPANIONS, *TOOLS, *PROOF], ids=lambda path: path.name)
 def test_no_function_is_longer_than_60_lines_but_main_which_has_80(path):
     for node in find_functions(path):
         length = node.end_lineno - node.lineno + 1

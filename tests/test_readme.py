@@ -68,6 +68,7 @@ def test_every_page_of_docs_is_linked_in_the_readme():
 
 # Checked below, one test each.
 SCRIPTS = {"run_summarization.py", "run_clm_instruct.py", "run_generation.py"}
+PROOF = {"check_run.py"}
 LAUNCHERS = {"spark_train.py", "spark_generate.py", "ray_train.py", "ray_generate.py", "mlflow_model.py"}
 TOOLS = {path.name for folder in ("tools", "data_prep") for path in (ROOT / folder).glob("*.py")}
 BENCHMARKS = {path.name for path in (ROOT / "benchmarks").glob("*.py")}
@@ -79,7 +80,7 @@ def test_every_command_starts_something_that_is_there_and_tested(command):
     scripts = [word for word in words if word.endswith(".py")]
     if words[0] in ("python", "deepspeed", "torchrun"):
         assert scripts and all((ROOT / script).is_file() for script in scripts)
-        assert {Path(script).name for script in scripts} <= SCRIPTS | LAUNCHERS | TOOLS | BENCHMARKS
+        assert {Path(script).name for script in scripts} <= SCRIPTS | PROOF | LAUNCHERS | TOOLS | BENCHMARKS
     else:
         assert words[0] in ("make", "curl") or words[:3] == ["pip", "install", "-r"] and (ROOT / words[3]).is_file()
 
@@ -304,6 +305,7 @@ def find_known_flags() -> set[str]:
     for folder in ("tools", "data_prep", "launchers", "benchmarks"):
         for path in (ROOT / folder).glob("*.py"):
             known |= set(re.findall(r'"(--\w+)"', path.read_text(encoding="utf-8")))
+    known |= set(re.findall(r'"(--\w+)"', (ROOT / "check_run.py").read_text(encoding="utf-8")))
     return known | {"--hostfile", "--master_addr", "--no_ssh", "--node_rank", "--master_port"}
 
 

@@ -27,6 +27,7 @@ OFFLOADED = {"offload_optimizer": "optimizer", "offload_param": "weights"}  # a 
 # What files of this repository use beside their imports: programs that they start, templates that they read.
 STARTED = {"lora.py": ["tools/merge_lora.py"]}
 ALSO_READ = {"run_clm_instruct.py": sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("prompt_templates/*.jinja"))}
+ALSO_READ |= {"check_run.py": ["check_run_page.html.jinja"]}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Arguments
@@ -75,6 +76,8 @@ def describe_file(path):
     text = (ROOT / path).read_text(encoding="utf-8")
     if path.suffix == ".py":
         return (ast.get_docstring(ast.parse(text)) or "").split("\n")[0]
+    if path.name.endswith(".html.jinja"):
+        return "A report's page"
     if path.suffix == ".jinja":
         return f"--prompt_template {path.stem}"
     zero = json.loads(text).get("zero_optimization", {})
