@@ -16,6 +16,7 @@ import pytest
 import check_run
 from conftest import ROOT, make_environment, run, run_warm
 
+pytestmark = pytest.mark.slow
 CASES = ROOT / "tests/check_run_cases"
 DS_CONFIGS = ["zero2.json", "zero2_offload.json", "zero3.json", "zero3_offload.json", "zero3_offload_adamw.json"]
 IN_ONE = ("repeatable", "labels", "prompts", "batch cut", "packing", "padding side", "position ids", "evaluation")
