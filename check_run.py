@@ -260,24 +260,12 @@ def make_checks(args, folder: Path) -> tuple[dict, dict]:
                 return checks, {"ended": why, "output": output.rstrip().splitlines()[-LAST_LINES:]}
         for name in names:
             if name not in checks:
-                checks[name] = {"status": "not tried", "figure": None, "bound": None, "detail": why, "data": {}}
+                checks[name] = check_run_shim.not_tried(why)
                 say(name, checks[name], time.monotonic() - start)
     if not zero and "ranks under DeepSpeed" not in args.skip:
-        none = {
-            "status": "not tried",
-            "figure": None,
-            "bound": None,
-            "detail": "the script is given no --deepspeed file",
-        }
-        checks["ranks under DeepSpeed"] = none | {"data": {}}
+        checks["ranks under DeepSpeed"] = check_run_shim.not_tried("the script is given no --deepspeed file")
     for name in args.skip:
-        checks[name] = {
-            "status": "not tried",
-            "figure": None,
-            "bound": None,
-            "detail": "left out by --skip",
-            "data": {},
-        }
+        checks[name] = check_run_shim.not_tried("left out by --skip")
     return checks, about
 
 

@@ -57,9 +57,8 @@ merge_lora merge_dtype prediction_loss_only include_for_metrics batch_eval_metri
 """.split()
 # What may change as well, and is said: the run goes on to the new end.
 LENGTHS = ("num_train_epochs", "max_steps")
-# Told in other words: the first two as one product with the ranks, the last two by the content of what they name.
+# Told in other words: as one product with the ranks.
 TOLD_OTHERWISE = {"per_device_train_batch_size", "gradient_accumulation_steps", "auto_find_batch_size"}
-TOLD_OTHERWISE |= {"model_name_or_path", "train_file"}
 # By a checksum of what they name, and what is said where that differs.
 BY_CONTENT = {"model_name_or_path": "the model's files differ", "train_file": "the training file's content differs"}
 BY_CONTENT |= {"tokenizer_name": "the tokenizer's files differ", "config_name": "the configuration differs"}

@@ -35,8 +35,7 @@ TWINS = (
     ("scheduler.params.warmup_max_lr", "learning_rate", lambda a: a.learning_rate),
 )
 
-# A DeepSpeed file's keys that are read elsewhere than at its start (0.19.8), whole numbers, sections, their keys, and
-# those in them for whose "auto" the trainer has a value (accelerate 1.15).
+# A DeepSpeed file's keys that are read elsewhere than at its start (0.19.8), whole numbers, and sections' keys.
 FURTHER_KEYS = ("autotuning", "elasticity", "sequence_parallel_size", "vocabulary_size", "compression_training")
 WHOLE = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "steps_per_print")
 SECTIONS = {
@@ -49,7 +48,7 @@ BLOCKS = (*SECTIONS, "zero_optimization", "bf16")
 ADAM = "lr betas eps weight_decay bias_correction adam_w_mode torch_adam amsgrad fp32_optimizer_states"  # params
 NUMERIC = "lr eps weight_decay warmup_min_lr warmup_max_lr warmup_num_steps total_num_steps"
 FILLED = "enabled reduce_bucket_size stage3_prefetch_bucket_size stage3_param_persistence_threshold".split()
-FILLED += ["stage3_gather_16bit_weights_on_model_save"]
+FILLED += ["stage3_gather_16bit_weights_on_model_save"]  # "auto" of these the trainer fills in (accelerate 1.15)
 NAMES = {bool: "true or false", int: "a whole number from 1 on", float: "a number", dict: "an object", str: "a text"}
 
 
@@ -66,8 +65,9 @@ def find_zero3_problems(args: argparse.Namespace) -> list[str]:
     if args.deepspeed is None:
         return []
     config, problems = read_and_check(args)
-    stage, said = look_up(config, "zero_optimization.stage"), "only stage 3 spreads a model's weights"
-    return problems or ([] if stage == 3 else [f"--deepspeed {args.deepspeed}: has stage {stage}; {said}"])
+    stage = str(look_up(config, "zero_optimization.stage")).replace("auto", "none")
+    wrong = f"--deepspeed {args.deepspeed}: has stage {stage}; only stage 3 spreads a model's weights"
+    return problems or ([] if stage == "3" else [wrong])
 
 
 def read_and_check(args: argparse.Namespace) -> tuple[dict, list[str]]:

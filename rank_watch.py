@@ -12,7 +12,6 @@ the ranks of a killed `deepspeed` go on by themselves and join the next start (d
 """
 
 import contextlib
-import datetime
 import os
 import select
 import signal
@@ -20,13 +19,13 @@ import socket
 import sys
 import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 
 BEAT, DONE = 1.0, "done"  # seconds between two signs of life; the last one
 HOST = socket.gethostname()
-STORE_PATIENCE = datetime.timedelta(seconds=5)  # of one exchange with the ranks' store
 
 # How the libraries say that a disk is full, read-only or gone, and that another rank broke off the connection.
 DISK_FAULTS = "No space|Read-only f|Disk quota|Input/output|StreamWriter|unexpected pos|iostream|Stale file|Not a dir"
@@ -76,7 +75,7 @@ class Watch(threading.Thread):
         while True:
             try:
                 if store is None:
-                    store = torch.distributed.TCPStore(*address, is_master=False, timeout=STORE_PATIENCE)
+                    store = torch.distributed.TCPStore(*address, is_master=False, timeout=timedelta(seconds=5))
                     self.answered = time.monotonic()
                 store.set(f"{key}{self.rank}", DONE if self.done.is_set() else f"{time.time()} {name}")
                 for other in range(self.world):
@@ -111,8 +110,10 @@ class Watch(threading.Thread):
     def is_dead(self, rank: int) -> bool:
         """Whether a rank on this host has no process any more, or is waited for, or one elsewhere gives no sign."""
         host, _, process = self.seen[rank][0].partition(" ")[2].partition(", process ")
-        if host != HOST or rank == self.rank:
-            return rank != self.rank and time.monotonic() - self.seen[rank][1] > 2.5 * BEAT
+        if rank == self.rank or not host:  # it has not begun, or is done
+            return False
+        if host != HOST:
+            return time.monotonic() - self.seen[rank][1] > 2.5 * BEAT
         try:
             return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
         except OSError:
@@ -121,9 +122,9 @@ class Watch(threading.Thread):
     def speaks(self) -> bool:
         """Whether this rank is the first of those that live."""
         now = time.monotonic()
-        recent = [rank for rank, (sign, when) in self.seen.items() if sign and now - when <= self.patience]
-        alive = [rank for rank in recent if not self.is_dead(rank)]
-        return now - self.answered > self.patience or self.rank == min(alive, default=self.rank)
+        recent = (rank for rank, (sign, when) in self.seen.items() if sign and now - when <= self.patience)
+        first = next((rank for rank in recent if not self.is_dead(rank)), self.rank)
+        return now - self.answered > self.patience or self.rank == first
 
 
 def ignore(number, frame) -> None:
@@ -179,10 +180,9 @@ def sign_off() -> None:
 
 def let_others_speak() -> str:
     """The name of this rank, which ends for a reason of its own; or end at once, where another has ended for one."""
-    watching = current
-    sign_off()  # or the others would name this rank dead
-    if watching is None:
+    if (watching := current) is None:
         return ""
+    sign_off()  # or the others would name this rank dead
     if select.select([watching.terminated], [], [], (2 if watching.rank else 1.5) * BEAT)[0]:  # they read the sign
         end(None)
     return f"rank {watching.rank} on {HOST}: "

@@ -259,7 +259,8 @@ def find_wrong_decoding(decoding: dict, vocabulary: int | None) -> list[str]:
     """Decoding flags out of range or of another type, and tokens beyond the vocabulary, where its size is known."""
     values = dict.fromkeys(name for _, _, flags in DECODING for name in flags.split()) | decoding
     problems = find_range_problems(values, DECODING)
-    for name, value in ((name, value) for name, value in decoding.items() if value is not None):
+    given = {name: value for name, value in decoding.items() if value is not None}
+    for name, value in given.items():
         said = None
         if name in MOVED.split():
             said = "is no longer part of transformers; leave it out"

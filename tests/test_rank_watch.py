@@ -78,3 +78,18 @@ def test_a_rank_told_to_end_by_its_launcher_does_so_in_the_middle_of_a_step(rank
 def test_a_full_or_read_only_disk_is_one_sentence(said):
     assert "a file cannot be written" in rank_watch.explain_failure(OSError(said)) and said[:30] in str(OSError(said))
     assert rank_watch.explain_failure(OSError("else")) is None
+
+
+def test_a_rank_of_another_host_is_dead_without_signs_and_one_that_has_not_begun_or_is_done_is_not(monkeypatch):
+    monkeypatch.setattr(rank_watch.Watch, "exchange", lambda self: None)
+    watch, now = rank_watch.Watch(0, 5, 30), time.monotonic()
+    signs = [
+        f"1 {rank_watch.HOST}, process 1",
+        "",
+        rank_watch.DONE,
+        "1 elsewhere, process 1",
+        "1 elsewhere, process 2",
+    ]
+    watch.seen = {rank: (sign, now - (9 if rank < 4 else 0)) for rank, sign in enumerate(signs)}
+    assert [watch.is_dead(rank) for rank in range(5)] == [False, False, False, True, False]
+    assert watch.describe_dead() == "rank 3 (elsewhere, process 1) is dead" and watch.speaks()

@@ -581,10 +581,23 @@ def refused(trained, table, tmp_path):
         (["--max_source_length", "0"], "--max_source_length 0: must be 1 or more"),
         (["--dtype", "int8"], "--dtype int8: must be auto, float32"),
         (["--deepspeed", str(ROOT / "ds_configs/zero2.json")], "has stage 2; only stage 3"),
+        (["--num_assistant_tokens_schedule", "fast"], "must be one of constant, heuristic, heuristic_transient"),
     ],
 )
 def test_a_wrong_argument_is_named_with_its_value(refused, flags, said):
     assert said in refused(*flags)
+
+
+def test_decoding_that_the_library_refuses_for_a_model_is_one_sentence(trained, table, tmp_path):
+    words = ["--model_name_or_path", trained, "--input_file", table, "--output_file", tmp_path / "out.csv"]
+    done = run_warm(SCRIPT, *words, "--guidance_scale", "1.5", cwd=tmp_path, check=False)  # not for encoder-decoders
+    assert done.returncode == 2 and "Traceback" not in done.stdout
+    assert done.stdout.count("error: decoding flags that do not go together, or with this model: ") == 1
+
+
+def test_a_deepspeed_file_without_a_stage_is_not_for_generation(refused, tmp_path):
+    (tmp_path / "ds.json").write_text("{}")
+    assert "has stage none; only stage 3" in refused("--deepspeed", str(tmp_path / "ds.json"))
 
 
 def test_wrong_files_are_named_with_the_way_out(refused, trained, tmp_path):
