@@ -87,7 +87,7 @@ def test_two_hosts_leave_nothing_behind(tmp_path):
     if reason := why_no_hosts():
         pytest.skip(reason)
     before = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True).stdout
-    (tmp_path / "show.py").write_text("import os\nprint('rank', os.environ['RANK'], os.getpid())\n")
+    (tmp_path / "show.py").write_text("import os\nprint(f\"rank {os.environ['RANK']} {os.getpid()}\")\n")
     done = run([*OVER_TWO_HOSTS, "show.py"], cwd=tmp_path)
     assert "rank 0" in done.stdout and "rank 1" in (tmp_path / "second_host.txt").read_text()
     assert subprocess.run(["ip", "netns", "list"], capture_output=True, text=True).stdout == before

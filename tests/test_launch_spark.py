@@ -19,7 +19,11 @@ LAUNCHER, SCRIPT = ROOT / "launchers/spark_train.py", ROOT / "run_summarization.
 sys.path.insert(0, str(ROOT / "launchers"))
 
 # No network, no GPU and no model in these: what a process is given, and how it ends.
-SHOW = "import os, sys\nprint('rank', os.environ['RANK'], 'gpu', os.environ['CUDA_VISIBLE_DEVICES'], *sys.argv[1:])\n"
+# One write a process: print's pieces, unbuffered, mix with the other's.
+SHOW = """import os, sys
+words = ["rank", os.environ["RANK"], "gpu", os.environ["CUDA_VISIBLE_DEVICES"], *sys.argv[1:]]
+os.write(1, (" ".join(words) + "\\n").encode())
+"""
 FAIL = """import os, sys, time
 if os.environ["RANK"] == "0":
     print("error: --optim none: there is no such optimizer", file=sys.stderr)
