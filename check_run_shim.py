@@ -2,13 +2,12 @@
 """
 The inside of check_run.py: runs a training script with a tiny clone of its model and compares variants of its run.
 
-check_run.py imports this and forks a process for each rank, which calls run_script() with a plan. The script is not
-edited. Its from_pretrained() gives a clone, its Trainer.train() makes the checks of the plan's mode, one JSON line
-each in the plan's file of events, and the process ends there. Modes: one (a process), again (resumes one's checkpoint
-in a fresh process), two (ranks, gloo), zero (the same with the DeepSpeed file). Tested with transformers 5.23.
+check_run.py forks a process for each rank, which calls run_script() with a plan. The script is not edited: its
+from_pretrained() gives a clone, its Trainer.train() makes the checks of the plan's mode (the functions check_*), and
+the process ends there. Modes: one (a process), two (ranks, gloo), zero (the same with the DeepSpeed file), again
+(resumes one's checkpoint in a fresh process). Tested with transformers 5.23.
 """
 
-import builtins
 import contextlib
 import copy
 import ctypes
@@ -23,48 +22,48 @@ import sys
 import traceback
 import zlib
 from collections import Counter
+from functools import cached_property
 from pathlib import Path
 
+import datasets
 import safetensors
 import torch
 import transformers
 from accelerate.state import AcceleratorState, GradientState
 from transformers import GenerationMixin, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 
-PLAN, FOLDER, MODE, RANK = {}, Path(), "", 0  # set by run_script() in the process of a rank
+PLAN, FOLDER, MODE, RANK, TELL = {}, Path(), "", 0, None  # set by run_script() in the process of a rank
 LOSS, NORM, WEIGHTS, LOGITS = 1e-4, 1e-3, 1e-2, 1e-3  # bounds; docs/check_run.md says why these
-PIECES = {"rows": 64, "views": 3, "evaluated": 7}  # rows whose labels are read, shown token by token, evaluated
-SEEN = {"trainers": 0, "clones": [], "flash": False}  # what the script did so far
+READ, VIEWED, EVALUATED = 64, 3, 7  # rows whose labels are read, shown token by token, evaluated
+SEEN = {"models": [], "flash": False, "closed": None, "deepspeed": None}  # what the script did so far
 
 # ------------------------------------------------------------------------------------------------ the clone
 
-LAYERS = ("num_layers", "num_decoder_layers", "num_hidden_layers", "encoder_layers", "decoder_layers", "n_layer")
-SMALL = dict.fromkeys(("hidden_size", "d_model", "n_embd", "embedding_size"), 64)
-SMALL |= dict.fromkeys(("num_attention_heads", "num_heads", "n_head"), 4)
-SMALL |= dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 4)
-SMALL |= dict.fromkeys(("head_dim", "d_kv"), 16)
-SMALL |= dict.fromkeys(("intermediate_size", "d_ff", "encoder_ffn_dim", "decoder_ffn_dim", "n_inner", "ffn_dim"), 128)
-SMALL |= dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 64)
-SMALL |= dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts"), 4)
+SMALL = {  # a configuration's names for its sizes, and what they become
+    "num_layers|num_decoder_layers|num_hidden_layers|encoder_layers|decoder_layers|n_layer": 2,
+    "hidden_size|d_model|n_embd|embedding_size|moe_intermediate_size|shared_expert_intermediate_size": 64,
+    "num_attention_heads|num_heads|n_head|encoder_attention_heads|decoder_attention_heads": 4,
+    "num_local_experts|num_experts|n_routed_experts": 4,
+    "head_dim|d_kv": 16,
+    "intermediate_size|d_ff|encoder_ffn_dim|decoder_ffn_dim|n_inner|ffn_dim": 128,
+}
 
 
 def shrink(values: dict, narrow: bool = True) -> dict:
     """A configuration's values with few narrow layers, one of each special kind; vocabulary and ties stay."""
-    small = {k: shrink(v, narrow) if isinstance(v, dict) and "model_type" in v else v for k, v in values.items()}
-    kinds = values.get("layer_types")
-    count = max(2, len(set(kinds))) if kinds else 2
-    small |= {k: min(count, values[k]) for k in LAYERS if isinstance(values.get(k), int)}
-    if kinds and len(kinds) > count:
-        small["layer_types"] = [*dict.fromkeys(kinds), *kinds][:count]
-    if narrow:
-        small |= {k: min(v, values[k]) for k, v in SMALL.items() if isinstance(values.get(k), int)}
-        heads = next((values[k] for k in ("num_attention_heads", "n_head") if values.get(k)), None)
-        groups = values.get("num_key_value_heads")
-        if heads and groups:  # one group, some or as many as heads: the kind of attention stays
-            small["num_key_value_heads"] = 1 if groups == 1 else small["num_attention_heads"] // (1 + (groups < heads))
-        # At 64 wide the usual 0.02 makes all words alike: what leaks or is weighed otherwise would hardly show.
-        small |= {k: 0.1 for k in ("initializer_range", "init_std") if k in values}
-    return small
+    kinds, small = values.get("layer_types") or [], dict(values)
+    for key, value in values.items():
+        size = next((size for names, size in SMALL.items() if key in names.split("|")), None)
+        if isinstance(value, dict) and "model_type" in value:
+            small[key] = shrink(value, narrow)
+        elif isinstance(value, int) and size and (narrow or size == 2):
+            small[key] = min(value, max(size, len(set(kinds))) if size == 2 else size)
+    small |= {"layer_types": [*dict.fromkeys(kinds), *kinds][: max(2, len(set(kinds)))]} if kinds else {}
+    heads, groups = values.get("num_attention_heads") or values.get("n_head"), values.get("num_key_value_heads")
+    if narrow and heads and groups:  # one group, some or as many as heads: the kind of attention stays
+        small["num_key_value_heads"] = 1 if groups == 1 else small["num_attention_heads"] // (1 + (groups < heads))
+    # At 64 wide the usual 0.02 makes all words alike: what leaks or is weighed otherwise would hardly show.
+    return small | {k: 0.1 for k in ("initializer_range", "init_std") if k in values and narrow}
 
 
 def build_clone(cls, config):
@@ -75,20 +74,14 @@ def build_clone(cls, config):
             small = type(config)(**shrink(config.to_dict(), narrow))
             small._attn_implementation = "eager" if config._attn_implementation == "eager" else None
             set_seed(PLAN["seed"])
-            model = cls(small).float()
-            spread_weights(model)
+            model = REAL_MAKE(cls, small).float()
+            for parameter in (p for p in model.parameters() if p.dim() == 1 and p.requires_grad):
+                # Biases and norms away from 0 and 1: what depends on them alone would be the same in every variant.
+                parameter.data.add_(torch.randn_like(parameter) * 0.05)
             return model
         except Exception as error:  # a model class may raise anything
             said = said or error
     raise ValueError(f"{type(config).__name__} cannot be shrunk: {type(said).__name__}: {said}; try --keep_weights")
-
-
-def spread_weights(model) -> None:
-    """Biases and norms away from 0 and 1: what depends on them alone would else be the same in every variant."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1 and parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.05)
 
 
 def load_clone(cls, name, *args, config=None, **settings):
@@ -98,13 +91,13 @@ def load_clone(cls, name, *args, config=None, **settings):
     if not isinstance(config, transformers.PretrainedConfig):
         known = ("trust_remote_code", "revision", "cache_dir", "token", "subfolder", "gguf_file")
         config = transformers.AutoConfig.from_pretrained(name, **{k: v for k, v in settings.items() if k in known})
-    folder = FOLDER / f"clone-{len(SEEN['clones'])}"
+    folder = FOLDER / f"clone-{len(SEEN['models'])}"
     if not folder.exists():  # made by mode one, read by all processes
         clone = build_clone(cls, config)
         with contextlib.suppress(Exception):  # a model without generation settings
             clone.generation_config = transformers.GenerationConfig.from_pretrained(name)
         clone.save_pretrained(folder)
-    SEEN["clones"].append(f"a clone of {name}")
+    SEEN["models"].append(f"a clone of {name}")
     gone = ("revision", "subfolder", "gguf_file", "variant", "use_safetensors", "device_map", "quantization_config")
     settings = {k: v for k, v in settings.items() if k not in gone}
     asked = settings.get("dtype", settings.pop("torch_dtype", None)) or "auto"
@@ -112,13 +105,16 @@ def load_clone(cls, name, *args, config=None, **settings):
     if "flash" in str(settings.get("attn_implementation")):  # there is none on a CPU
         SEEN["flash"], settings["attn_implementation"] = True, "sdpa"
     small = type(config).from_pretrained(folder)
-    return REAL_LOAD(cls, str(folder), *args, config=small, **settings)
+    loaded = REAL_LOAD(cls, str(folder), *args, config=small, **settings)
+    model = loaded[0] if isinstance(loaded, tuple) else loaded
+    model.name_or_path = model.config._name_or_path = str(name)  # TRL reads the tokenizer from there
+    return loaded
 
 
 def make_clone(cls, config, **settings):
     """In the place of _from_config, which a script that trains from scratch calls."""
-    SEEN["clones"].append(f"{cls.__name__} from a configuration")
-    return REAL_MAKE(cls, type(config)(**shrink(config.to_dict())), **settings)
+    SEEN["models"].append(f"{cls.__name__} from a configuration")
+    return REAL_MAKE(cls, config, **settings) if PLAN["keep_weights"] else build_clone(cls, config)
 
 
 REAL_LOAD, REAL_MAKE = PreTrainedModel.from_pretrained.__func__, PreTrainedModel._from_config.__func__
@@ -134,9 +130,12 @@ QUIET |= {"dataloader_persistent_workers": False, "dataloader_prefetch_factor": 
 
 def set_up_arguments(args) -> None:
     """In front of TrainingArguments.__post_init__: nothing is written, reported or uploaded outside the folder."""
-    PLAN["closed"].append(os.path.abspath(args.output_dir)) if args.output_dir else None
+    SEEN["closed"], SEEN["deepspeed"] = os.path.abspath(args.output_dir or FOLDER), args.deepspeed
+    args.deepspeed = None
     args.output_dir, args.use_cpu, args.report_to, args.push_to_hub = str(FOLDER / f"out-{MODE}"), True, "none", False
     if MODE == "zero":  # the DeepSpeed file is read with these: later is too late
+        args.deepspeed = str(FOLDER / f"deepspeed-{RANK}.json")
+        Path(args.deepspeed).write_text(json.dumps(plain_deepspeed(SEEN["deepspeed"])))
         changes = QUIET | {"report_to": "none", "max_steps": PLAN["steps"], "train_sampling_strategy": "sequential"}
         changes |= {"per_device_train_batch_size": PLAN["batch"] // 2, "gradient_accumulation_steps": 1}
         for name, value in changes.items():
@@ -144,20 +143,36 @@ def set_up_arguments(args) -> None:
     REAL_POST_INIT(args)
 
 
+def plain_deepspeed(given: str | dict) -> dict:
+    """
+    The DeepSpeed file as two CPU ranks can run it: the same stage and optimizer, in fp32.
+
+    The batch is ours, nothing is offloaded (a CPU has nowhere else), Adam is torch's, which needs no compiler.
+    """
+    config = json.loads(Path(given).read_text(encoding="utf-8")) if isinstance(given, str) else copy.deepcopy(given)
+    sizes = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    config |= dict.fromkeys(sizes, "auto")
+    config |= {k: {"enabled": "auto"} for k in ("bf16", "fp16") if k in config}  # by the flags, which are off
+    for key in ("offload_optimizer", "offload_param"):
+        config.get("zero_optimization", {}).pop(key, None)
+    if config.get("optimizer", {}).get("type", "").lower() in ("adam", "adamw"):
+        config["optimizer"].setdefault("params", {})["torch_adam"] = True
+    config.pop("scheduler", None)  # warm-up is cut with the run; the flags' schedule is then compared with itself
+    config.setdefault("zero_allow_untested_optimizer", True)
+    return config
+
+
 def watch_writes(event: str, values: tuple) -> None:
     """Audit hook: no file is opened for writing, made, renamed or removed in the user's own output folder."""
-    if event == "open":
-        path, mode, flags = values
-        if not (any(c in (mode or "") for c in "wax+") or (flags or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)):
-            return
-    elif event not in ("os.mkdir", "os.remove", "os.rename", "os.rmdir", "shutil.rmtree"):
+    reads = event == "open" and not (
+        set(values[1] or "") & set("wax+") or (values[2] or 0) & (os.O_ACCMODE | os.O_CREAT)
+    )
+    if reads or event not in ("open", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "shutil.rmtree"):
         return
-    path = values[0]
-    if isinstance(path, str | bytes | os.PathLike):
-        full = os.path.abspath(os.fsdecode(path))
-        own = any((full + os.sep).startswith(folder + os.sep) for folder in PLAN["closed"])
-        if own and not full.startswith(str(FOLDER)):
-            raise PermissionError(f"check_run.py keeps the script from writing to {full}")
+    if SEEN["closed"] and isinstance(values[0], str | bytes | os.PathLike):
+        path = Path(os.path.abspath(os.fsdecode(values[0])))
+        if path.is_relative_to(SEEN["closed"]) and not path.is_relative_to(FOLDER):
+            raise PermissionError(f"check_run.py keeps the script from writing to {path}")
 
 
 def map_first_rows(rows, *args, **settings):
@@ -175,56 +190,112 @@ def generate_few(model, *args, **settings):
     return REAL_GENERATE(model, *args, **settings | {"max_new_tokens": 8})
 
 
-def make_trainer(trainer, *args, **settings) -> None:
-    SEEN["trainers"] += 1
-    REAL_INIT(trainer, *args, **settings)
-
-
-def refuse_input(*args):
-    send({"ended": "asks for input, and nobody is there to answer"})
-    leave(1)
-
-
 def patch_libraries() -> None:
     """The places where a script meets the libraries."""
-    global REAL_POST_INIT, REAL_INIT, REAL_TRAIN, REAL_MAP, REAL_GENERATE
-    REAL_POST_INIT, REAL_INIT, REAL_TRAIN = TrainingArguments.__post_init__, Trainer.__init__, Trainer.train
-    TrainingArguments.__post_init__, Trainer.__init__, Trainer.train = set_up_arguments, make_trainer, train_instead
-    PreTrainedModel.from_pretrained = classmethod(load_clone)
-    if not PLAN["keep_weights"]:
-        PreTrainedModel._from_config = classmethod(make_clone)
+    global REAL_POST_INIT, REAL_TRAIN, REAL_MAP, REAL_GENERATE
+    REAL_POST_INIT, TrainingArguments.__post_init__ = TrainingArguments.__post_init__, set_up_arguments
+    REAL_TRAIN, Trainer.train = Trainer.train, train_instead
+    PreTrainedModel.from_pretrained, PreTrainedModel._from_config = classmethod(load_clone), classmethod(make_clone)
     REAL_GENERATE, GenerationMixin.generate = GenerationMixin.generate, generate_few
-    with contextlib.suppress(ImportError):
-        import datasets
-
-        REAL_MAP, datasets.Dataset.map = datasets.Dataset.map, map_first_rows
-        if PLAN["own_cache"]:
-            datasets.config.HF_DATASETS_CACHE = FOLDER / "datasets"
-    builtins.input = refuse_input
+    REAL_MAP, datasets.Dataset.map = datasets.Dataset.map, map_first_rows
+    if not any(word.startswith("--dataset_name") for word in sys.argv):  # the hub's are read from the user's cache
+        datasets.config.HF_DATASETS_CACHE = FOLDER / "datasets"
     sys.addaudithook(watch_writes)
 
 
-def join_ranks() -> None:
-    """DeepSpeed on the CPU: gloo, without its own collectives, which would be compiled first (deepspeed 0.19.8)."""
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    import deepspeed
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed("gloo")
+def hide_output(words: list[str]) -> list[str]:
+    """The words with a folder of ours as --output_dir, for scripts that read it themselves."""
+    ours = str(FOLDER / f"out-{MODE}")
+    pairs = zip(["", *words], words, strict=False)
+    return [
+        f"--output_dir={ours}" if w.startswith("--output_dir=") else ours if before == "--output_dir" else w
+        for before, w in pairs
+    ]
 
 
 def send(event: dict) -> None:
-    """One line for check_run.py, by the first rank."""
+    """To check_run.py, by the first rank."""
     if RANK == 0:
-        with open(PLAN["events"], "a", encoding="utf-8") as stream:
-            stream.write(json.dumps(event) + "\n")
+        TELL.send(event)
 
 
-def leave(code: int) -> None:
-    """At once, with all threads: nothing of the script is to run on."""
+def end(why: str) -> None:
+    """Tell check_run.py, and end at once with all threads: nothing of the script is to run on."""
+    send({"ended": why})
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)
+    os._exit(bool(why))
+
+
+def run_script(plan: dict, words: list[str], environ: dict[str, str], tell) -> None:
+    """Become a rank: run the script, whose arguments follow it in words, to where it trains; does not return."""
+    global PLAN, FOLDER, MODE, RANK, TELL
+    PLAN, FOLDER, MODE, RANK, TELL = plan, Path(plan["folder"]), plan["mode"], int(environ.get("RANK", 0)), tell
+    os.setsid()
+    gc.freeze()  # the libraries' own objects: a collection then takes milliseconds instead of a second
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # the kernel ends this with check_run.py, however that ends (Linux)
+    os.environ.update(environ)
+    for number, path in enumerate((os.devnull, *[FOLDER / f"{MODE}-{RANK}.txt"] * 2)):
+        os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND), number)
+    sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w", buffering=1), open(2, "w", buffering=1)
+    torch.set_num_threads(int(environ["OMP_NUM_THREADS"]))
+    sys.argv, sys.path[0] = hide_output(words), os.path.dirname(os.path.abspath(words[0]))
+    ended = "ends without calling Trainer.train(): it does not train"
+    try:
+        if MODE == "zero":  # on gloo, without DeepSpeed's own collectives, which would be compiled first (0.19.8)
+            os.environ["DS_ACCELERATOR"] = "cpu"
+            import deepspeed
+
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+            deepspeed.init_distributed("gloo")
+        patch_libraries()
+        runpy.run_path(words[0], run_name="__main__")
+    except SystemExit as error:
+        ended = ended if error.code in (None, 0) else f"ends with exit code {error.code} before it trains"
+    except BaseException as error:  # whatever a script raises
+        traceback.print_exc()
+        ended = f"crashes before it trains: {type(error).__name__}: {error}"
+        ended = "asks for input, and nobody is there to answer" if isinstance(error, EOFError) else ended
+        ended = str(error) if "cannot be shrunk" in str(error) else ended
+    if not SEEN["closed"] and ended.startswith("ends without"):
+        ended = "uses no transformers.Trainer: there is nothing to check"
+    end(ended)
+
+
+def train_instead(trainer, *args, **settings) -> None:
+    """In the place of Trainer.train: the checks of the plan's mode, and the end of the process."""
+    stage = Checks(trainer)
+    size = sum(p.numel() for p in trainer.model.parameters())
+    real = "its own weights" if PLAN["keep_weights"] else "; ".join(SEEN["models"]) or "as the script makes it"
+    about = {"model": f"{type(trainer.model).__name__}, {size:,} parameters: {real}", "batch": stage.batch}
+    if MODE == "one":
+        send(about | {"deepspeed": bool(SEEN["deepspeed"])})
+    for name in PLAN["names"]:
+        made = stage.results[name] = attempt(getattr(Checks, name.replace(" ", "_").lower()), stage)
+        none = {"status": "not tried", "figure": None, "bound": None, "detail": made, "data": {}}
+        send({"check": name, **(made if isinstance(made, dict) else none)})
+    if MODE == "one":
+        kept = {name: attempt(make, stage) for name, make in REFERENCES.items()} | {"start": stage.start}
+        torch.save(kept, FOLDER / "reference.pt")
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+    end("")
+
+
+def attempt(make, stage):
+    """make(stage), or the reason why it cannot be had."""
+    try:
+        return make(stage)
+    except NotTried as why:
+        return str(why)
+    except Exception as error:  # a script's trainer may raise anything
+        traceback.print_exc()
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error) else ''}"
+
+
+class NotTried(Exception):
+    """Why a check cannot be made."""
 
 
 # ------------------------------------------------------------------------------------------------ variants of the run
@@ -233,169 +304,56 @@ def leave(code: int) -> None:
 class Record(TrainerCallback):
     """What a variant showed: rows and mode of each step, parameters that got a gradient, weights after the last."""
 
-    def __init__(self):
-        self.rows, self.modes, self.moved = [], set(), set()
+    def __init__(self, trainer):
+        self.rows, self.modes, self.moved, self.step = [], set(), set(), trainer.training_step
+        trainer.training_step = self.training_step  # also a subclass's
+        self.trainer = trainer
+        trainer.add_callback(self)
 
-    def watch(self, trainer) -> None:
-        """Wraps the trainer's training_step, also a subclass's."""
-        real = trainer.training_step
-
-        def training_step(model, inputs, *args, **settings):
-            ids, mask = inputs.get("input_ids", []), inputs.get("attention_mask")
-            masked = torch.is_tensor(mask) and mask.shape == ids.shape
-            rows = (row[mask[i] > 0] if masked else row for i, row in enumerate(ids))
-            self.rows.append([zlib.crc32(row.numpy().tobytes()) for row in rows])
-            loss = real(model, inputs, *args, **settings)
-            self.modes.add(trainer.model.training)
-            return loss
-
-        trainer.training_step = training_step
+    def training_step(self, model, inputs, *args, **settings):
+        ids, mask = inputs.get("input_ids", []), inputs.get("attention_mask")
+        masked = torch.is_tensor(mask) and mask.shape == ids.shape
+        rows = (row[mask[i] > 0] if masked else row for i, row in enumerate(ids))
+        self.rows.append([zlib.crc32(row.numpy().tobytes()) for row in rows])
+        loss = self.step(model, inputs, *args, **settings)
+        self.modes.add(self.trainer.model.training)
+        return loss
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        grads = ((name, parameter.grad) for name, parameter in model.named_parameters())
-        self.moved |= {name for name, grad in grads if grad is not None and grad.any()}
+        self.moved |= {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
 
-    def finish(self, trainer) -> dict:
-        history = [entry for entry in trainer.state.log_history if "loss" in entry]
-        return {
-            "losses": [entry["loss"] for entry in history],
-            "norms": [float(entry.get("grad_norm") or math.nan) for entry in history],
-            "weights": gather_weights(trainer.model),
-            "rows": self.rows,
-            "moved": self.moved,
-            "modes": self.modes,
+    def finish(self) -> dict:
+        history = [entry for entry in self.trainer.state.log_history if "loss" in entry]
+        made = {
+            "losses": [e["loss"] for e in history],
+            "norms": [float(e.get("grad_norm") or math.nan) for e in history],
         }
+        made |= {"weights": gather_weights(self.trainer.model), "rows": self.rows, "moved": self.moved}
+        return made | {"modes": self.modes, "state": measure_state(self.trainer)}
 
 
 def gather_weights(model) -> dict[str, torch.Tensor]:
     """Every trainable parameter in fp32, whole also under ZeRO-3."""
     weights = {}
     for name, parameter in model.named_parameters():
-        gather = contextlib.nullcontext()
-        if hasattr(parameter, "ds_id"):
-            import deepspeed
-
-            gather = deepspeed.zero.GatheredParameters([parameter])
-        with gather:
+        gather = sys.modules["deepspeed"].zero.GatheredParameters if hasattr(parameter, "ds_id") else None
+        with gather([parameter]) if gather else contextlib.nullcontext():
             if parameter.requires_grad:
                 weights[name] = parameter.detach().float().clone()
     return weights
 
 
-class Stage:
-    """The script's trainer as it stands when it would train, and how to put it back there."""
-
-    def __init__(self, trainer):
-        self.trainer, self.model, self.batch, self.steps = trainer, trainer.model, PLAN["batch"], PLAN["steps"]
-        self.dtypes = Counter(str(p.dtype).removeprefix("torch.") for p in trainer.model.parameters())
-        self.kinds = {name: p.dtype for name, p in trainer.model.named_parameters()}
-        self.wanted = trainer.args
-        self.tokenizer = trainer.processing_class or getattr(trainer.data_collator, "tokenizer", None)
-        self.causal = not self.model.config.is_encoder_decoder
-        self.drops = still_dropout(self.model)
-        self.results, self.memory = {}, {}
-        path = FOLDER / "reference.pt"
-        self.reference = torch.load(path, weights_only=False) if MODE != "one" and path.exists() else {}
-        if MODE != "zero":
-            trainer.model.float()
-            self.start = {
-                k: v.detach().clone() for k, v in [*self.model.named_parameters(), *self.model.named_buffers()]
-            }
-        trainer.callback_handler.callbacks = [
-            c for c in trainer.callback_handler.callbacks if not type(c).__name__.startswith(("Progress", "Printer"))
-        ]
-        self.callbacks = list(trainer.callback_handler.callbacks)
-        self.attributes = dict(vars(trainer))
-        self.forward = vars(self.model).get("forward")
-        self.optimizer_state = copy.deepcopy(trainer.optimizer.state_dict()) if trainer.optimizer else None
-        rows = len(trainer.train_dataset) if hasattr(trainer.train_dataset, "__len__") else 10**6
-        while self.batch > 1 and rows < 2 * self.batch:
-            self.batch //= 2
-        self.steps = max(2, min(self.steps, rows // self.batch // 2 * 2))
-        if rows < 2:
-            raise ValueError(f"{rows} training rows: there is nothing to compare")
-
-    def reset(self, batch: int = 1, accumulation: int = 1, steps: int = 2, **changes):
-        """The trainer as it was, with its weights, for so many rows a process, accumulation steps and steps."""
-        trainer = self.trainer
-        vars(trainer).clear()
-        vars(trainer).update(self.attributes)
-        gc.collect()  # the last variant's DistributedDataParallel, with its hooks
-        if MODE == "zero":
-            return trainer
-        trainer.args = copy.deepcopy(self.wanted)
-        changes = QUIET | {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation} | changes
-        for name, value in (changes | {"max_steps": steps}).items():
-            setattr(trainer.args, name, value)
-        trainer._train_batch_size, trainer.model_wrapped = batch, self.model
-        if self.forward is None:
-            vars(self.model).pop("forward", None)  # autocast's, of a variant before
-        else:
-            self.model.forward = self.forward
-        with torch.no_grad():
-            for name, value in [*self.model.named_parameters(), *self.model.named_buffers()]:
-                value.copy_(self.start[name])
-        self.model.zero_grad(set_to_none=True)
-        trainer.callback_handler.callbacks = list(self.callbacks)
-        if self.optimizer_state is not None:
-            trainer.optimizer.load_state_dict(copy.deepcopy(self.optimizer_state))
-        AcceleratorState._reset_state()
-        GradientState._reset_state()
-        trainer.create_accelerator_and_postprocess()
-        set_seed(PLAN["seed"])
-        return trainer
-
-    def run(self, batch: int, accumulation: int = 1, steps: int = 2, sgd: bool = True, resume=None, **changes) -> dict:
-        """One variant of the run: plain SGD without clipping, or the user's optimizer; the rows in their order."""
-        if sgd:
-            changes |= {"max_grad_norm": 1e9, "lr_scheduler_type": transformers.SchedulerType.CONSTANT}
-        changes = {"train_sampling_strategy": "sequential"} | changes
-        trainer, record = self.reset(batch, accumulation, steps, **changes), Record()
-        if sgd:
-            trainable = [p for p in self.model.parameters() if p.requires_grad]
-            trainer.optimizer = torch.optim.SGD(trainable, lr=0.01)
-            trainer.create_optimizer = lambda model=None: trainer.optimizer
-        record.watch(trainer)
-        trainer.add_callback(record)
-        REAL_TRAIN(trainer, resume_from_checkpoint=resume)
-        return record.finish(trainer)
-
-    def once(self, name: str, make) -> dict:
-        """A variant that several checks read, made once; kept for the other processes."""
-        if name not in self.memory:
-            self.memory[name] = make()
-        return self.memory[name]
-
-    def base(self) -> dict:
-        return self.once("base", lambda: self.run(self.batch))
-
-    def with_optimizer(self) -> dict:
-        """The user's optimizer, fp32, one process, the rows in their order."""
-        return self.once("optimizer", lambda: self.with_state(self.run(self.batch, 1, self.steps, sgd=False)))
-
-    def with_state(self, run: dict) -> dict:
-        return run | {"state": measure_state(self.trainer), "batch": self.batch, "steps": self.steps}
-
-    def loader(self):
-        """(rows as the collator gets them, collator), of training."""
-        if "loader" not in self.memory:
-            loader = self.reset(self.batch).get_train_dataloader()
-            self.memory["loader"] = loader.dataset, loader.collate_fn
-        return self.memory["loader"]
-
-    def first_rows(self) -> list:
-        rows, _ = self.loader()
-        return [rows[i] for i in range(min(PIECES["rows"], len(rows)))]
-
-    def logits(self, batch: dict) -> torch.Tensor:
-        """The model's logits of a batch, in eval mode."""
-        known = inspect.signature(self.model.forward).parameters
-        drop = ("labels",) if self.causal or "decoder_input_ids" in batch else ()
-        packed = "cu_seq_lens_q" in batch or is_packed(batch)
-        inputs = {k: v for k, v in batch.items() if k not in drop and (packed or k in known)}
-        self.model.eval()
-        with torch.no_grad():
-            return self.model(**inputs).logits.float()
+def measure_state(trainer) -> float:
+    """Elements of optimizer state a trained parameter; under DeepSpeed on all ranks together."""
+    optimizer = trainer.optimizer
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    held = sum(v.numel() for state in optimizer.state.values() for v in state.values() if torch.is_tensor(v))
+    held = torch.tensor(float(held))
+    if MODE == "zero":
+        torch.distributed.all_reduce(held)
+    parameters = [p for p in trainer.model.parameters() if p.requires_grad]
+    return held.item() / sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
 
 
 def still_dropout(model) -> dict[str, float]:
@@ -410,17 +368,111 @@ def still_dropout(model) -> dict[str, float]:
     return found
 
 
-def measure_state(trainer) -> float:
-    """Elements of optimizer state a trained parameter, on all ranks together."""
-    optimizer = trainer.optimizer
-    while hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
-    held = sum(v.numel() for state in optimizer.state.values() for v in state.values() if torch.is_tensor(v))
-    held = torch.tensor(float(held))
-    if torch.distributed.is_initialized():
-        torch.distributed.all_reduce(held)
-    parameters = [p for p in trainer.model.parameters() if p.requires_grad]
-    return held.item() / sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
+class Stage:
+    """The script's trainer as it stands when it would train, and how to put it back there."""
+
+    def __init__(self, trainer):
+        self.trainer, self.model, self.wanted = trainer, trainer.model, trainer.args
+        self.kinds = {name: p.dtype for name, p in trainer.model.named_parameters()}
+        self.tokenizer = trainer.processing_class or getattr(trainer.data_collator, "tokenizer", None)
+        self.causal = not self.model.config.is_encoder_decoder
+        self.drops, self.results = still_dropout(self.model), {}
+        self.kept = torch.load(FOLDER / "reference.pt", weights_only=False) if MODE != "one" else {}
+        if MODE != "zero":
+            trainer.model.float()
+        self.start = self.kept.get("start") or {name: value.detach().clone() for name, value in self.values()}
+        callbacks = trainer.callback_handler.callbacks
+        self.callbacks = [c for c in callbacks if not type(c).__name__.startswith(("Progress", "Printer"))]
+        trainer.callback_handler.callbacks = list(self.callbacks)
+        self.attributes, self.forward = dict(vars(trainer)), vars(self.model).get("forward")
+        self.optimizer_state = copy.deepcopy(trainer.optimizer.state_dict()) if trainer.optimizer else None
+        rows = len(trainer.train_dataset) if hasattr(trainer.train_dataset, "__len__") else 10**6
+        if rows < 2:
+            raise ValueError(f"{rows} training rows: there is nothing to compare")
+        self.batch = PLAN["batch"]
+        while self.batch > 1 and rows < 2 * self.batch:
+            self.batch //= 2
+        self.steps = max(2, min(PLAN["steps"], rows // self.batch // 2 * 2))
+
+    def values(self):
+        return [*self.model.named_parameters(), *self.model.named_buffers()]
+
+    def reset(self, batch: int = 1, accumulation: int = 1, steps: int = 2, kinds=None, **changes):
+        """The trainer as it was, with its weights, in fp32 or of such dtypes by name, for a run cut like this."""
+        trainer = self.trainer
+        vars(trainer).clear()
+        vars(trainer).update(self.attributes)
+        gc.collect()  # the last variant's DistributedDataParallel, with its hooks
+        if MODE == "zero":
+            return trainer
+        trainer.args = copy.deepcopy(self.wanted)
+        changes = QUIET | {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation} | changes
+        for name, value in (changes | {"max_steps": steps}).items():
+            setattr(trainer.args, name, value)
+        trainer._train_batch_size, trainer.model_wrapped = batch, self.model
+        vars(self.model).pop("forward", None)  # autocast's, of a variant before
+        if self.forward is not None:
+            self.model.forward = self.forward
+        for name, value in self.values():
+            value.data = self.start[name].to((kinds or {}).get(name, self.start[name].dtype), copy=True)
+        self.model.zero_grad(set_to_none=True)
+        trainer.callback_handler.callbacks = list(self.callbacks)
+        if self.optimizer_state is not None:
+            trainer.optimizer.load_state_dict(copy.deepcopy(self.optimizer_state))
+        AcceleratorState._reset_state()
+        GradientState._reset_state()
+        trainer.create_accelerator_and_postprocess()
+        set_seed(PLAN["seed"])
+        return trainer
+
+    def run(self, batch: int, accumulation: int = 1, steps: int = 2, sgd: bool = True, resume=None, **changes) -> dict:
+        """One variant of the run: plain SGD without clipping, or the user's optimizer; the rows in their order."""
+        if sgd:
+            changes |= {"max_grad_norm": 1e9, "lr_scheduler_type": transformers.SchedulerType.CONSTANT}
+        trainer = self.reset(batch, accumulation, steps, **{"train_sampling_strategy": "sequential"} | changes)
+        if sgd:
+            trainer.optimizer = torch.optim.SGD([p for p in self.model.parameters() if p.requires_grad], lr=0.01)
+            trainer.create_optimizer = lambda model=None: trainer.optimizer
+        record = Record(trainer)
+        REAL_TRAIN(trainer, resume_from_checkpoint=resume)
+        return record.finish()
+
+    @cached_property
+    def base(self) -> dict:
+        return self.run(self.batch)
+
+    @cached_property
+    def on_two(self) -> dict:
+        """The user's optimizer on two ranks."""
+        return self.run(self.batch // 2, 1, self.steps, sgd=False)
+
+    def reference(self, name: str) -> dict:
+        """What mode one left for the other modes."""
+        if not isinstance(self.kept[name], dict):
+            raise NotTried(self.kept[name] or "there is no evaluation on one process to compare with")
+        return self.kept[name]
+
+    @cached_property
+    def loader(self):
+        return self.reset(self.batch).get_train_dataloader()
+
+    @cached_property
+    def first_rows(self) -> list:
+        """As the collator gets them."""
+        return [self.loader.dataset[i] for i in range(min(READ, len(self.loader.dataset)))]
+
+    def collate(self, rows: list) -> dict:
+        return self.loader.collate_fn(rows)
+
+    def logits(self, batch: dict) -> torch.Tensor:
+        """The model's logits of a batch, in eval mode."""
+        known = inspect.signature(self.model.forward).parameters
+        drop = ("labels",) if self.causal or "decoder_input_ids" in batch else ()
+        packed = "cu_seq_lens_q" in batch or is_packed(batch)
+        inputs = {k: v for k, v in batch.items() if k not in drop and (packed or k in known)}
+        self.model.eval()
+        with torch.no_grad():
+            return self.model(**inputs).logits.float()
 
 
 def is_packed(batch: dict) -> bool:
@@ -433,399 +485,59 @@ def is_packed(batch: dict) -> bool:
 # ------------------------------------------------------------------------------------------------ comparing
 
 
-def result(status: str, figure=None, bound=None, detail: str = "", **data) -> dict:
-    figure = None if figure is None or not math.isfinite(figure) else float(f"{figure:.4g}")
-    return {"status": status, "figure": figure, "bound": bound, "detail": detail, "data": data}
-
-
-def not_tried(why: str) -> dict:
-    return result("not tried", detail=why)
-
-
-def judge(figure: float, bound: float, good: str, bad: str, **data) -> dict:
-    fine = figure <= bound
-    return result("holds" if fine else "fails", figure, bound, good if fine else bad, **data)
-
-
-def judge_factor(worst: float, factor: float, bound: float, good: str, bad: str, **data) -> dict:
-    """worst: in units of the bound; factor: how many times as much, which is to be 1."""
-    return result("holds" if worst <= 1 else "fails", factor, bound, good if worst <= 1 else bad, **data)
+def judge(figure: float, bound: float | None, good: str, bad: str = "", fine: bool | None = None, **data) -> dict:
+    """A check's result: holds where figure <= bound, or as fine says."""
+    fine = figure <= bound if fine is None else fine
+    figure = float(f"{figure:.4g}") if math.isfinite(figure) else None
+    status = "holds" if fine else "fails"
+    return {"status": status, "figure": figure, "bound": bound, "detail": good if fine else bad, "data": data}
 
 
 def gap(first: float, second: float) -> float:
     return abs(first - second) / max(abs(second), 1e-9) if math.isfinite(first) else math.inf
 
 
-def compare_weights(weights: dict, others: dict, start: dict, bound: float) -> tuple[float, str]:
+def compare_weights(weights: dict, others: dict, start: dict, bound: float = WEIGHTS) -> tuple[float, str]:
     """Distance over the length of the update (all parameters together), and the first parameter that is off."""
     ways = {n: (others[n] - start[n]).norm().item() for n in others}
     off = {n: (weights[n] - others[n]).norm().item() if n in weights else math.inf for n in others}
-    whole = math.sqrt(sum(way**2 for way in ways.values()))
+    whole = math.hypot(*ways.values())
     least = 0.1 * whole / math.sqrt(len(ways))  # a parameter that hardly moves is compared with what others move
     first = next((n for n in off if not off[n] <= bound * max(ways[n], least)), "")
-    return math.sqrt(sum(value**2 for value in off.values())) / max(whole, 1e-12), first
+    return math.hypot(*off.values()) / max(whole, 1e-12), first
 
 
-def compare_runs(run: dict, base: dict, start: dict) -> tuple[float, float, float, str]:
-    """(difference in units of its bound, figure, its bound, a sentence); figure: how many times as much."""
-    factors = [run[name][0] / base[name][0] for name in ("losses", "norms")]
-    later = max(gap(a, b) for a, b in zip(run["losses"], base["losses"], strict=True))
-    moved, first = compare_weights(run["weights"], base["weights"], start, WEIGHTS)
-    parts = [(abs(f - 1) / bound, f, 1 + bound) for f, bound in zip(factors, (LOSS, NORM), strict=True)]
-    parts += [(moved / WEIGHTS, 1 + moved, 1 + WEIGHTS), (later / LOSS / 10, 1 + later, 1 + 10 * LOSS)]
-    worst = next((part for part in parts if not part[0] <= 1), parts[0])
-    said = f"loss {factors[0]:.2f}×, gradient {factors[1]:.2f}×"
-    said += f", weights after {len(run['losses'])} steps off by {moved:.1e} of the update"
-    return *worst, said + (f", first in {first}" if first and worst[0] > 1 else "")
+def compare_runs(run: dict, base: dict, start: dict | None) -> tuple[bool, float, float, str]:
+    """(Whether all agrees, the first figure that does not, its bound, a sentence); without start: the first step."""
+    loss, norm = (run[name][0] / base[name][0] for name in ("losses", "norms"))
+    norm = 1.0 if start is None and math.isnan(norm) else norm  # a ZeRO stage that tells none
+    parts, said = [(loss, LOSS), (norm, NORM)], f"loss {loss:.2f}×, gradient {norm:.2f}×"
+    first = ""
+    if start is not None:
+        moved, first = compare_weights(run["weights"], base["weights"], start)
+        parts += [(1 + moved, WEIGHTS), (1 + max(map(gap, run["losses"], base["losses"])), 10 * LOSS)]
+        said += f", weights after {len(run['losses'])} steps off by {moved:.1e} of the update"
+    wrong = [(factor, bound) for factor, bound in parts if not abs(factor - 1) <= bound]
+    figure, bound = (wrong or parts)[0]
+    return not wrong, figure, 1 + bound, said + f", first in {first}" * bool(first and wrong)
 
 
-def explain_factor(stage: Stage, ratio: float, steps: int, what: str) -> str:
-    """The sentence of a loss or gradient that is not what it was; steps: by how many it would be multiplied."""
-    takes = getattr(stage.trainer, "model_accepts_loss_kwargs", False) and not stage.trainer.compute_loss_func
-    if ratio > 1.5 and abs(ratio / steps - 1) < 0.1:
-        why = (
-            "; the model's forward takes **kwargs, so the Trainer believes that its loss, a mean, is divided by "
-            "num_items_in_batch: give the Trainer a compute_loss_func that divides the summed loss by it"
-        )
-        return f"the loss is multiplied by the {what} ({ratio:.2f}×)" + (why if takes else "")
-    if ratio < 0.75 and abs(ratio * steps - 1) < 0.1:
+def explain_factor(trainer, run: dict, base: dict, times: int, what: str) -> str:
+    """The sentence of a run that is not what it was; times: by how much a known fault would multiply its loss."""
+    ratio = run["losses"][0] / base["losses"][0]
+    if ratio > 1.5 and abs(ratio / times - 1) < 0.1:
+        why = "; compute_loss_func is to divide the summed loss by num_items_in_batch"
+        if not trainer.compute_loss_func:
+            why = "; the model's forward takes **kwargs, so the Trainer believes that its loss, a mean, is divided by "
+            why += "num_items_in_batch: give the Trainer a compute_loss_func that divides the summed loss by it"
+            why *= getattr(trainer, "model_accepts_loss_kwargs", False)
+        return f"the loss is multiplied by the {what} ({ratio:.2f}×)" + why
+    if ratio < 0.75 and abs(ratio * times - 1) < 0.1:
         return f"the loss is divided by the {what} ({ratio:.2f}×)"
-    if abs(ratio - 1) > LOSS:
-        return (
-            f"the loss changes with the {what} ({ratio:.4f}×), as where batches' means are averaged although they "
-            "hold different numbers of tokens"
-        )
+    if not abs(ratio - 1) <= LOSS:
+        why = "as where batches' means are averaged although they hold different numbers of tokens"
+        return f"the loss changes with the {what} ({ratio:.4f}×), {why}"
     return f"the logged loss agrees, what is trained does not, with other {what}"
-
-
-# ------------------------------------------------------------------------------------------------ checks: the run
-
-
-def check_repeat(stage: Stage) -> dict:
-    """The same run twice: what differs here cannot be blamed on anything else."""
-    base, again = stage.base(), stage.run(stage.batch)
-    if not all(map(math.isfinite, base["losses"])):
-        return result("fails", None, None, f"the losses are {base['losses']}: not numbers")
-    worst, factor, bound, said = compare_runs(again, base, stage.start)
-    same = again["rows"] == base["rows"]
-    bad = f"the same run, twice with one seed, differs ({'' if same else 'other rows; '}{said}): something is drawn "
-    return judge_factor(worst, factor, bound, "the same run twice is the same", bad + "that no seed decides")
-
-
-def check_cut(stage: Stage) -> dict:
-    base, n = stage.base(), stage.batch
-    if n < 2:
-        return not_tried("the data has too few rows to cut a batch")
-    cuts = [(n, 1), *([(n // 2, 2)] if n > 2 else []), (1, n)]
-    runs = {f"{b}×{a}": base if a == 1 else stage.run(b, a) for b, a in cuts}
-    compared = {name: compare_runs(run, base, stage.start) for name, run in runs.items()}
-    worst, factor, bound, _ = max(compared.values(), key=lambda part: part[0])
-    said = "; ".join(f"{name}: {parts[-1]}" for name, parts in compared.items() if runs[name] is not base)
-    last = runs[f"1×{n}"]
-    why = explain_factor(stage, last["losses"][0] / base["losses"][0], n, "accumulation steps")
-    curves = {name: run["losses"] for name, run in runs.items()}
-    return judge_factor(worst, factor, bound, said, f"{why}. {said}", curves=curves)
-
-
-def check_ranks(stage: Stage) -> dict:
-    base = stage.reference.get("base")
-    if base is None:
-        return not_tried("the run on one process gave nothing to compare with")
-    run = stage.run(stage.batch // 2)
-    worst, factor, bound, said = compare_runs(run, base, stage.start)
-    why = explain_factor(stage, run["losses"][0] / base["losses"][0], 2, "number of processes")
-    said = f"2 processes against 1: {said}"
-    rows = [None] * 2
-    torch.distributed.all_gather_object(rows, run["rows"][0])
-    if worst > 1 and sorted(sum(rows, [])) != sorted(base["rows"][0]):
-        why = "two processes train on other rows than one, or on rows put together otherwise"
-    curves = {"1 process": base["losses"], "2 processes": run["losses"]}
-    return judge_factor(worst, factor, bound, said, f"{why}. {said}", curves=curves)
-
-
-def check_zero_ranks(stage: Stage) -> dict:
-    base = stage.reference.get("optimizer")
-    if base is None:
-        return not_tried("the run on one process gave nothing to compare with")
-    run = stage.once("zero", lambda: stage.with_state(stage.run(stage.batch // 2, sgd=False)))
-    ratio, norm = (run[name][0] / base[name][0] for name in ("losses", "norms"))
-    said = f"2 ranks with the DeepSpeed file against 1 process: loss {ratio:.2f}×"
-    norm = norm if math.isfinite(norm) else 1.0  # a stage that tells no norm
-    said += f", gradient {norm:.2f}×"
-    why, off = explain_factor(stage, ratio, 2, "number of processes"), abs(ratio - 1) / LOSS
-    worst = (off, ratio, 1 + LOSS) if off > 1 else (abs(norm - 1) / NORM, norm, 1 + NORM)
-    return judge_factor(*worst, said, f"{why}. {said}")
-
-
-def check_optimizer(stage: Stage) -> dict:
-    """The user's optimizer on two ranks, with the DeepSpeed file if there is one, against one process in fp32."""
-    base = stage.reference.get("optimizer")
-    if base is None:
-        return not_tried("the run on one process gave nothing to compare with")
-    make = lambda: stage.with_state(stage.run(stage.batch // 2, 1, stage.steps, sgd=False))  # noqa: E731
-    run = stage.once("zero", make)
-    start = stage.reference["start"]
-    moved, first = compare_weights(run["weights"], base["weights"], start, base["noise"])
-    name, where = base["name"], "under the DeepSpeed file" if MODE == "zero" else "on 2 processes"
-    state = f"state {run['state']:.2f} numbers a parameter, {base['state']:.2f} in one process"
-    said = f"{name}, {base['steps']} steps {where}: weights off by {moved:.1e} of the update; {state}"
-    why = f"{where} it trains to other weights, first in {first}"
-    if base["state"] < 0.5 and run["state"] > 0.9:
-        why = (
-            f"is not {name.title()} any more: factored states become full. ZeRO hands the optimizer flat pieces, "
-            "which it cannot factor; take zero_adafactor.py, or AdamW"
-        )
-        return result("fails", moved, base["noise"], f"{why}. {said}")
-    return judge(
-        moved, base["noise"], said, f"{why}. {said}", curves={"1 process": base["losses"], where: run["losses"]}
-    )
-
-
-def prepare_optimizer(stage: Stage) -> None:
-    """The reference of check_optimizer, and what adding in another order alone makes of it: its bound."""
-    run = stage.with_optimizer()
-    run["name"] = str(getattr(stage.wanted.optim, "value", stage.wanted.optim))
-    run["noise"] = 0.01
-    if stage.results.get("batch cut", {}).get("status") == "holds" and stage.batch > 1:
-        other = stage.run(stage.batch // 2, 2, stage.steps, sgd=False)
-        run["noise"] = max(0.01, 4 * compare_weights(other["weights"], run["weights"], stage.start, 1)[0])
-    stage.memory["optimizer"] = run
-
-
-def prepare_resume(stage: Stage) -> None:
-    """The whole run whose checkpoint, halfway, mode `again` goes on from, with the order of rows that the user has."""
-    how = {
-        "save_strategy": "steps",
-        "save_steps": stage.steps // 2,
-        "save_total_limit": None,
-        "save_only_model": False,
-    }
-    how["train_sampling_strategy"] = stage.wanted.train_sampling_strategy
-    run = stage.run(stage.batch, 1, stage.steps, sgd=False, **how)
-    folder = Path(stage.trainer.args.output_dir) / f"checkpoint-{stage.steps // 2}"
-    stage.memory["whole"] = run | {"steps": stage.steps, "batch": stage.batch, "checkpoint": str(folder)}
-    stage.memory["whole"]["moments"] = list_moments(stage.trainer)
-
-
-def list_moments(trainer) -> list[torch.Tensor]:
-    """The optimizer's state tensors, in the order of its parameters."""
-    states = trainer.optimizer.state_dict()["state"]
-    return [v.float().clone() for state in states.values() for v in state.values() if torch.is_tensor(v)]
-
-
-def check_resume(stage: Stage) -> dict:
-    whole = stage.reference.get("whole")
-    if whole is None:
-        return not_tried(stage.reference.get("no checkpoint", "no checkpoint was written"))
-    half, checkpoint = whole["steps"] // 2, whole["checkpoint"]
-    how = {"train_sampling_strategy": stage.wanted.train_sampling_strategy}
-    run = stage.run(whole["batch"], 1, whole["steps"], sgd=False, resume=checkpoint, **how)
-    rows, left = run["rows"], whole["rows"][half:]
-    moved, first = compare_weights(run["weights"], whole["weights"], stage.reference["start"], WEIGHTS)
-    told = f"{whole['steps']} steps, or {half}, killed, and the rest in a new process"
-    for step, (ours, theirs) in enumerate(zip(rows, left, strict=False), start=half + 1):
-        for number, (one, other) in enumerate(zip(ours, theirs, strict=False)):
-            if one != other:
-                why = f"the resumed run trains on other rows, first at step {step}, row {number} of its batch"
-                return result("fails", moved, WEIGHTS, f"{why} ({told})")
-    if len(rows) != len(left):
-        return result("fails", moved, WEIGHTS, f"the resumed run makes {len(rows)} batches, {len(left)} were left")
-    moments = list_moments(stage.trainer)
-    off = [gap((a - b).norm().item() + b.norm().item(), b.norm().item()) for a, b in zip(moments, whole["moments"])]  # noqa: B905
-    figure = max(moved, *off) if off else moved
-    bad = f"the same rows, but the weights differ by {moved:.1e} of the update, the optimizer's state by "
-    bad += f"{max(off, default=0):.1e}, first in {first or 'the state'} ({told}){find_lost(checkpoint, stage.model)}"
-    return judge(figure, WEIGHTS, f"{told}: the same rows, weights and state", bad)
-
-
-def find_lost(checkpoint: str, model) -> str:
-    """What a checkpoint does not have by the model's own names: Trainer passes over it silently (5.23, MoE models)."""
-    path = Path(checkpoint) / "model.safetensors"
-    if not path.is_file():
-        return ""
-    with safetensors.safe_open(path, "pt") as saved:
-        names = set(saved.keys())
-    lost = [name for name, _ in model.named_parameters() if name not in names]
-    said = "; the checkpoint has other names for {} parameters, which are not loaded, with {} the first"
-    return said.format(len(lost), lost[0]) if lost else ""
-
-
-def check_evaluation(stage: Stage) -> dict:
-    if stage.trainer.eval_dataset is None:
-        return not_tried("the script gives the trainer no evaluation set")
-    runs = {size: evaluate(stage, size) for size in (4, 1)}
-    stage.memory["evaluation"] = runs[4]
-    worst, said = compare_metrics(runs[1], runs[4])
-    bad = f"metrics depend on the batch size, 1 against 4: {said}; means of batches are no mean of tokens"
-    return judge(worst, LOSS, f"{len(runs[4]['metrics'])} metrics, by batches of 4 and of 1: the same", bad)
-
-
-def check_evaluation_ranks(stage: Stage) -> dict:
-    if "evaluation" not in stage.reference:
-        return not_tried("there is no evaluation on one process to compare with")
-    worst, said = compare_metrics(evaluate(stage, 2), stage.reference["evaluation"])
-    bad = f"metrics depend on the number of processes: {said}; rows that fill the last batch may count twice"
-    return judge(worst, LOSS, "metrics on 2 processes and on 1: the same", bad)
-
-
-def evaluate(stage: Stage, size: int) -> dict:
-    """Metrics, and predictions by their labels, of the first rows; also the modes that the model was in."""
-    trainer, made, modes = stage.reset(1, per_device_eval_batch_size=size), [], set()
-    loop, rows = trainer.evaluation_loop, trainer.eval_dataset
-    rows = next(iter(rows.values())) if isinstance(rows, dict) else rows
-    count = min(PIECES["evaluated"], len(rows))
-    rows = rows.select(range(count)) if hasattr(rows, "select") else torch.utils.data.Subset(rows, range(count))
-    trainer.evaluation_loop = lambda *args, **settings: made.append(loop(*args, **settings)) or made[-1]
-    hook = stage.model.register_forward_pre_hook(lambda module, inputs: modes.add(module.training))
-    metrics = trainer.evaluate(eval_dataset=rows)
-    hook.remove()
-    stage.memory["evaluation modes"] = modes
-    timed = ("runtime", "per_second", "epoch", "preparation")
-    metrics = {k: v for k, v in metrics.items() if isinstance(v, float | int) and not any(t in k for t in timed)}
-    pairs = {}
-    if made and made[-1].label_ids is not None and getattr(made[-1].predictions, "ndim", 0) == 2:
-        trim = lambda row: tuple(int(i) for i in row if i not in (-100, getattr(stage.tokenizer, "pad_token_id", 0)))  # noqa: E731
-        pairs = {trim(a): trim(b) for a, b in zip(made[-1].label_ids, made[-1].predictions, strict=True)}
-    return {"metrics": metrics, "pairs": pairs}
-
-
-def compare_metrics(ours: dict, theirs: dict) -> tuple[float, str]:
-    off = {k: gap(ours["metrics"].get(k, math.inf), v) for k, v in theirs["metrics"].items()}
-    changed = [labels for labels, made in theirs["pairs"].items() if ours["pairs"].get(labels) != made]
-    worst = max(off, key=off.get)
-    if changed and off[worst] <= LOSS:
-        return 1.0, f"{len(changed)} of {len(theirs['pairs'])} predictions are others', or belong to other rows"
-    return off[worst], f"{worst} {ours['metrics'].get(worst, math.nan):.6g} against {theirs['metrics'][worst]:.6g}"
-
-
-def check_mode(stage: Stage) -> dict:
-    modes, evaluated = stage.base()["modes"], stage.memory.get("evaluation modes", set())
-    rates = sorted(set(stage.drops.values()))
-    said = f"trains in training mode, dropout {', '.join(map(str, rates)) or 'none'}"
-    said += "; evaluates in eval mode" if evaluated else "; nothing was evaluated"
-    bad = [*(["trains in eval mode: no dropout"] if False in modes else [])]
-    bad += ["evaluates in training mode: with dropout"] * (True in evaluated)
-    asked = [k for k, v in stage.model.config.to_dict().items() if "drop" in k and isinstance(v, float) and v > 0]
-    asked = [k for k in asked if "classifier" not in k and "summary" not in k and "layerdrop" not in k]
-    bad += [f"the configuration has {', '.join(asked)}, but no module drops anything"] * bool(asked and not rates)
-    return result("fails" if bad else "holds", len(bad), 0, "; ".join(bad) or said)
-
-
-def check_tied(stage: Stage) -> dict:
-    model = stage.model
-    model = getattr(model, "decoder", model) if model.config.model_type == "encoder-decoder" else model
-    ins, outs = (f() for f in (model.get_input_embeddings, model.get_output_embeddings))
-    if outs is None or getattr(outs, "weight", None) is None:
-        return not_tried("the model has no output embeddings")
-    asked = bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
-    tied = ins.weight is outs.weight or ins.weight.data_ptr() == outs.weight.data_ptr()
-    said = f"tie_word_embeddings is {asked}, and the two are {'one matrix' if tied else 'two matrices'}"
-    return result("holds" if tied == asked else "fails", float(tied), float(asked), said)
-
-
-def check_gradients(stage: Stage) -> dict:
-    moved, model = stage.base()["moved"], stage.model
-    tables = tuple(n for n, module in model.named_modules() if "Sinusoidal" in type(module).__name__)  # never trained
-    names = {n: p for n, p in model.named_parameters() if not (tables and n.startswith(tables))}
-    still = [n for n, p in names.items() if p.requires_grad and n not in moved]
-    frozen = [n for n, p in names.items() if not p.requires_grad]
-    fresh = [] if hasattr(model, "peft_config") else frozen
-    bad = [f"{len(still)} parameters get no gradient: {', '.join(still[:3])}"] * bool(still)
-    bad += [f"{len(fresh)} parameters are frozen and not trained: {', '.join(fresh[:3])}"] * bool(fresh)
-    said = f"{len(moved)} parameters get a gradient" + f", {len(frozen)} are frozen" * bool(frozen)
-    return result("fails" if bad else "holds", len(still) + len(fresh), 0, "; ".join(bad) or said)
-
-
-def check_precision(stage: Stage) -> dict:
-    """How much of an update arrives in the precision that the run has: in bf16 weights small ones are rounded away."""
-    asked = next((name for name in ("bf16", "fp16") if getattr(stage.wanted, name)), None)
-    weights = ", ".join(f"{count} {kind}" for kind, count in stage.dtypes.items())
-    said = f"parameters: {weights}; autocast: {asked or 'none'}"
-    if asked == "fp16" or "float16" in stage.dtypes:
-        return not_tried(f"{said}; fp16 needs a GPU")
-    if set(stage.dtypes) == {"float32"} and not asked:
-        return result("holds", 1.0, 0.5, said)
-    flat = {"steps": 1, "sgd": False, "lr_scheduler_type": transformers.SchedulerType.CONSTANT}
-    exact = stage.run(stage.batch, **flat)["weights"]
-    start = {n: w.clone() for n, w in stage.start.items()}
-    try:
-        for name, parameter in stage.model.named_parameters():
-            parameter.data = parameter.data.to(stage.kinds[name])
-        rounded = {n: start[n].to(stage.kinds[n]).float() for n in exact}
-        how = {"bf16": asked == "bf16", "mixed_precision": asked or "no"}
-        made = stage.run(stage.batch, **flat, **how)["weights"]
-    finally:
-        for name, parameter in stage.model.named_parameters():
-            parameter.data = start[name].clone()
-    wanted = [(exact[n] - start[n]).flatten() for n in exact]
-    arrived = [(made[n] - rounded[n].to(made[n])).flatten() for n in exact]
-    share = sum((a @ b).item() for a, b in zip(wanted, arrived, strict=True)) / sum((a @ a).item() for a in wanted)
-    said += f"; {share:.2f} of an update arrives"
-    bad = f"{said}: the rest is rounded away. Keep the weights in float32 (dtype=torch.float32) under --bf16"
-    return result("holds" if share >= 0.5 else "fails", share, 0.5, said if share >= 0.5 else bad)
-
-
-# ------------------------------------------------------------------------------------------------ checks: the rows
-
-
-def read_row(stage: Stage, row) -> dict:
-    """One row as the model gets it: ids and labels without padding, and whether a label is its token's."""
-    _, collate = stage.loader()
-    batch = collate([row])
-    labels = batch["labels"][0].tolist()
-    if not stage.causal:
-        return {"ids": labels, "labels": labels, "source": batch["input_ids"][0].tolist(), "starts": [0]}
-    ids, positions = batch["input_ids"][0].tolist(), batch.get("position_ids")
-    mask = batch.get("attention_mask")
-    real = mask[0].tolist() if torch.is_tensor(mask) and mask.dim() == 2 else [1] * len(ids)
-    if not torch.is_tensor(mask):  # trailing padding, without a mask
-        pad = getattr(stage.tokenizer, "pad_token_id", None)
-        last = max((i for i in range(len(ids)) if labels[i] != -100 or ids[i] != pad), default=0)
-        real = [int(i <= last) for i in range(len(ids))]
-    kept = [i for i in range(len(ids)) if real[i]]
-    starts = [0]
-    if torch.is_tensor(positions):
-        starts = [n for n, i in enumerate(kept) if positions[0, i] == 0]
-    padded = [i for i in range(len(ids)) if not real[i] and labels[i] != -100]
-    return {"ids": [ids[i] for i in kept], "labels": [labels[i] for i in kept], "starts": starts, "padded": padded}
-
-
-def read_rows(stage: Stage) -> list[dict]:
-    """The first rows by number, without fillers (a row of one token that asks for nothing)."""
-    if "rows" not in stage.memory:
-        rows = [read_row(stage, row) | {"row": i} for i, row in enumerate(stage.first_rows())]
-        stage.memory["rows"] = [r for r in rows if len(r["ids"]) > 1 or r["labels"] != [-100] * len(r["labels"])]
-    return stage.memory["rows"]
-
-
-def find_stops(stage: Stage) -> set[int]:
-    """Tokens that end a text: the tokenizer's EOS and those at which generate() ends."""
-    ends = getattr(stage.model.generation_config, "eos_token_id", None) if stage.model.can_generate() else None
-    ends = ends if isinstance(ends, list) else [ends]
-    return {i for i in [*ends, getattr(stage.tokenizer, "eos_token_id", None)] if i is not None}
-
-
-def are_blocks(stage: Stage, rows: list[dict]) -> bool:
-    """Whether rows are one text cut into pieces of one length, with stops inside and nothing that parts them."""
-    sizes, stops = Counter(len(row["ids"]) for row in rows), find_stops(stage)
-    same = len(rows) > 2 and sizes.most_common(1)[0][1] >= 0.8 * len(rows)
-    inside = sum(bool(stops & set(row["ids"][1:-3])) for row in rows)
-    return stage.causal and same and inside > len(rows) / 2 and all(len(row["starts"]) == 1 for row in rows)
-
-
-def check_labels(stage: Stage) -> dict:
-    rows, stops = read_rows(stage), find_stops(stage)
-    blocks = are_blocks(stage, rows)
-    bad = [*find_bad_labels(stage, rows), *([] if blocks else find_bad_stops(rows, stops, stage.causal))]
-    if blocks:
-        hidden = [r["row"] for r in rows for t, label in zip(r["ids"][1:], r["labels"][1:]) if t in stops > {label}]  # noqa: B905
-        bad += [f"stop tokens have no label in rows {name_rows(hidden)}"] * bool(hidden)
-    asked = sum(label != -100 for row in rows for label in row["labels"])
-    share = asked / max(1, sum(len(row["labels"]) for row in rows))
-    said = f"{share:.0%} of the tokens of {len(rows)} rows are trained on"
-    said += ", each row ends with a stop that is" if not bad and not blocks else ""
-    views = [show_row(stage, row) for row in rows[: PIECES["views"]]]
-    return result("fails" if bad else "holds", len(bad), 0, "; ".join([*bad, said] if bad else [said]), views=views)
 
 
 def name_rows(numbers: list[int]) -> str:
@@ -833,300 +545,430 @@ def name_rows(numbers: list[int]) -> str:
     return ", ".join(map(str, numbers[:5])) + " ..." * (len(numbers) > 5)
 
 
-def find_bad_labels(stage: Stage, rows: list[dict]) -> list[str]:
-    """Rows without labels, padding with labels, labels that are not their tokens, prompts that are missing."""
-    empty = [r["row"] for r in rows if all(label == -100 for label in r["labels"][1 if stage.causal else 0 :])]
-    bad = [f"rows {name_rows(empty)} ask for nothing: leave them out"] * bool(empty)
-    padded = [r["row"] for r in rows if r.get("padded")] + find_padding_labels(stage)
-    bad += [f"padding is trained on in rows {name_rows(padded)}: give it the label -100"] * bool(padded)
-    if not stage.causal:
-        return bad
-    moved = [r["row"] for r in rows if any(b not in (-100, a) for a, b in zip(r["ids"], r["labels"], strict=True))]
-    bad += [f"labels of rows {name_rows(moved)} are not their tokens: the model shifts them itself"] * bool(moved)
-    bare = [r["row"] for r in rows if len(r["labels"]) > 1 and r["labels"][1] != -100]
-    why = "have no prompt, or train on it, where the others do not: was the question cut?"
-    return bad + [f"rows {name_rows(bare)} {why}"] * (0 < len(bare) < len(rows) / 2)
+# ------------------------------------------------------------------------------------------------ the checks
 
 
-def find_padding_labels(stage: Stage) -> list[int]:
-    """Rows of a collated batch that have labels where they have no tokens."""
-    rows, (_, collate) = stage.first_rows(), stage.loader()
-    uneven = sorted(range(len(rows)), key=lambda i: len(rows[i].get("input_ids", rows[i].get("labels", []))))
-    chosen = [uneven[len(uneven) // 2], uneven[-1]]
-    batch = collate([rows[i] for i in chosen])
-    labels, mask, pad = batch["labels"], batch.get("attention_mask"), getattr(stage.tokenizer, "pad_token_id", None)
-    if is_packed(batch):
-        return []
-    if stage.causal:
-        same = torch.is_tensor(mask) and mask.shape == labels.shape
-        return [chosen[i] for i in range(len(labels)) if same and (labels[i][mask[i] == 0] != -100).any()]
-    ended = labels.eq(pad) if pad is not None and pad not in find_stops(stage) else torch.zeros_like(labels)
-    return [chosen[i] for i in range(min(len(labels), 2)) if ended[i].any()]
+class RunChecks(Stage):
+    """What variants of the run show: a method a check, by its name; a dict of judge(), or NotTried."""
+
+    def repeatable(self) -> dict:
+        """The same run twice: what differs here cannot be blamed on anything else."""
+        base, again = self.base, self.run(self.batch)
+        if not all(map(math.isfinite, base["losses"])):
+            return judge(math.nan, None, "", f"the losses are {base['losses']}: not numbers")
+        fine, figure, bound, said = compare_runs(again, base, self.start)
+        bad = "the same run, twice with one seed, differs (" + "other rows; " * (again["rows"] != base["rows"])
+        bad += f"{said}): something is drawn that no seed decides"
+        return judge(figure, bound, "the same run twice is the same", bad, fine)
+
+    def batch_cut(self) -> dict:
+        base, n = self.base, self.batch
+        if n < 2:
+            raise NotTried("the data has too few rows to cut a batch")
+        runs = {f"{b}×{n // b}": self.run(b, n // b) for b in dict.fromkeys((n // 2, 1))}
+        compared = {name: compare_runs(run, base, self.start) for name, run in runs.items()}
+        said = "; ".join(f"{name}: {parts[-1]}" for name, parts in compared.items())
+        last = runs[f"1×{n}"]
+        fine, figure, bound, _ = next((c for c in reversed(compared.values()) if not c[0]), compared[f"1×{n}"])
+        curves = {f"{n}×1": base["losses"]} | {name: run["losses"] for name, run in runs.items()}
+        why = explain_factor(self.trainer, last, base, n, "accumulation steps")
+        return judge(figure, bound, said, f"{why}. {said}", fine, curves=curves)
+
+    def ranks(self) -> dict:
+        base, run, rows = self.reference("base"), self.run(self.batch // 2), [None, None]
+        fine, figure, bound, said = compare_runs(run, base, self.start)
+        why = explain_factor(self.trainer, run, base, 2, "number of processes")
+        torch.distributed.all_gather_object(rows, run["rows"][0])
+        if sorted(sum(rows, [])) != sorted(base["rows"][0]):
+            why = "two processes train on other rows than one, or on rows put together otherwise"
+        said, curves = f"2 processes against 1: {said}", {"1 process": base["losses"], "2 processes": run["losses"]}
+        return judge(figure, bound, said, f"{why}. {said}", fine, curves=curves)
+
+    def ranks_under_deepspeed(self) -> dict:
+        base, run = self.reference("optimizer"), self.on_two
+        fine, figure, bound, said = compare_runs(run, base, None)
+        why, said = explain_factor(self.trainer, run, base, 2, "number of processes"), f"2 ranks against 1: {said}"
+        return judge(figure, bound, said, f"{why}. {said}", fine)
+
+    def optimizer(self) -> dict:
+        """The user's optimizer on two ranks, with the DeepSpeed file if there is one, against one process in fp32."""
+        base, run, where = self.reference("optimizer"), self.on_two, "on 2 processes"
+        where = "under the DeepSpeed file" if MODE == "zero" else where
+        moved, first = compare_weights(run["weights"], base["weights"], self.kept["start"], base["noise"])
+        name = str(getattr(self.wanted.optim, "value", self.wanted.optim))
+        said = f"{name}, {self.steps} steps {where}: weights off by {moved:.1e} of the update; "
+        said += f"state {run['state']:.2f} numbers a parameter, {base['state']:.2f} in one process"
+        why, full = f"{where} it trains to other weights, first in {first}", base["state"] < 0.5 and run["state"] > 0.9
+        if full:
+            why = (
+                f"is not {name.title()} any more: factored states become full. ZeRO hands the optimizer flat pieces, "
+            )
+            why += "which it cannot factor; take zero_adafactor.py, or AdamW"
+        curves = {"1 process": base["losses"], where: run["losses"]}
+        return judge(moved, base["noise"], said, f"{why}. {said}", moved <= base["noise"] and not full, curves=curves)
+
+    def prepare_optimizer(self) -> dict:
+        """The reference of `optimizer`, and what adding in another order alone makes of it: its bound."""
+        run = self.run(self.batch, 1, self.steps, sgd=False) | {"noise": WEIGHTS}
+        if self.results.get("batch cut", {}).get("status") == "holds":
+            other = self.run(self.batch // 2, 2, self.steps, sgd=False)
+            run["noise"] = max(WEIGHTS, 4 * compare_weights(other["weights"], run["weights"], self.start)[0])
+        return run
+
+    def prepare_resume(self) -> dict:
+        """The whole run whose checkpoint, halfway, mode `again` goes on from; its rows in the user's own order."""
+        how = {"save_strategy": "steps", "save_steps": self.steps // 2, "save_total_limit": None}
+        how |= {"train_sampling_strategy": self.wanted.train_sampling_strategy}
+        run = self.run(self.batch, 1, self.steps, sgd=False, **how)
+        folder = Path(self.trainer.args.output_dir) / f"checkpoint-{self.steps // 2}"
+        return run | {"checkpoint": str(folder)}
+
+    def resume(self) -> dict:
+        whole, half = self.reference("whole"), self.steps // 2
+        how = {"train_sampling_strategy": self.wanted.train_sampling_strategy, "resume": whole["checkpoint"]}
+        run = self.run(self.batch, 1, self.steps, sgd=False, **how)
+        rows, left = run["rows"], whole["rows"][half:]
+        moved, first = compare_weights(run["weights"], whole["weights"], self.kept["start"])
+        told = f"{self.steps} steps, or {half}, killed, and the rest in a new process"
+        for step, (ours, theirs) in enumerate(zip(rows, left, strict=False), start=half + 1):
+            for number, (one, other) in enumerate(zip(ours, theirs, strict=False)):
+                if one != other:
+                    why = f"the resumed run trains on other rows, first at step {step}, row {number} of its batch"
+                    return judge(moved, WEIGHTS, "", f"{why} ({told})", False)
+        if len(rows) != len(left):
+            why = f"the resumed run makes {len(rows)} batches, {len(left)} were left"
+            return judge(moved, WEIGHTS, "", why, False)
+        bad = f"the same rows, but the weights differ by {moved:.1e} of the update, first in {first} ({told})"
+        path = Path(whole["checkpoint"]) / "model.safetensors"
+        with safetensors.safe_open(path, "pt") if path.is_file() else contextlib.nullcontext() as saved:
+            lost = sorted({n for n, _ in self.model.named_parameters()} - set(saved.keys())) if saved else []
+        if lost:  # MoE models: Trainer passes over them silently (transformers 5.23)
+            bad += f"; the checkpoint has other names for {len(lost)} parameters, which are not loaded, with {lost[0]}"
+        return judge(moved, WEIGHTS, f"{told}: the same rows and weights", bad)
+
+    def evaluation(self) -> dict:
+        if self.trainer.eval_dataset is None:
+            raise NotTried("the script gives the trainer no evaluation set")
+        worst, said = self.compare_metrics(self.evaluate(1), self.evaluated)
+        bad = f"metrics depend on the batch size, 1 against 4: {said}; means of batches are no mean of tokens"
+        return judge(worst, LOSS, "metrics and predictions, by batches of 4 and of 1: the same", bad)
+
+    def evaluation_on_ranks(self) -> dict:
+        worst, said = self.compare_metrics(self.evaluate(2), self.reference("evaluation"))
+        bad = f"metrics depend on the number of processes: {said}; rows that fill the last batch may count twice"
+        return judge(worst, LOSS, "metrics and predictions, on 2 processes and on 1: the same", bad)
+
+    def evaluate(self, size: int) -> dict:
+        """Metrics, predictions by their labels, of the first rows (of training, if there are no others); the modes."""
+        trainer, made, modes = self.reset(1, per_device_eval_batch_size=size), [], set()
+        loop, rows = trainer.evaluation_loop, trainer.eval_dataset or trainer.train_dataset
+        rows = next(iter(rows.values())) if isinstance(rows, dict) else rows
+        first = range(min(EVALUATED, len(rows)))
+        rows = rows.select(first) if hasattr(rows, "select") else torch.utils.data.Subset(rows, first)
+        trainer.evaluation_loop = lambda *args, **settings: made.append(loop(*args, **settings)) or made[-1]
+        hook = self.model.register_forward_pre_hook(lambda module, inputs: modes.add(module.training))
+        metrics = trainer.evaluate(eval_dataset=rows)
+        hook.remove()
+        timed, pad = ("runtime", "per_second", "epoch", "preparation"), getattr(self.tokenizer, "pad_token_id", 0)
+        metrics = {k: v for k, v in metrics.items() if isinstance(v, float | int) and not any(t in k for t in timed)}
+        pairs, generates = {}, getattr(trainer.args, "predict_with_generate", False)
+        if made and made[-1].label_ids is not None and getattr(made[-1].predictions, "ndim", 0) == 2:
+            for labels, row in zip(made[-1].label_ids, made[-1].predictions, strict=True):
+                kept = (row != -100) & (row != pad) if generates else labels != -100
+                pairs[tuple(labels[labels != -100].tolist())] = row[kept].tolist()
+        return {"metrics": metrics, "pairs": pairs, "modes": modes}
+
+    @cached_property
+    def evaluated(self) -> dict:
+        return self.evaluate(4)
+
+    def compare_metrics(self, ours: dict, theirs: dict) -> tuple[float, str]:
+        off = {"": 0.0} | {k: gap(ours["metrics"].get(k, math.inf), v) for k, v in theirs["metrics"].items()}
+        changed, worst = sum(ours["pairs"].get(k) != v for k, v in theirs["pairs"].items()), max(off, key=off.get)
+        said = f"{changed} of {len(theirs['pairs'])} predictions are others', or belong to other rows; " * bool(
+            changed
+        )
+        if off[worst] > LOSS:
+            said += f"{worst} {ours['metrics'].get(worst, math.nan):.6g} against {theirs['metrics'][worst]:.6g}"
+        return max(off[worst], float(changed)), said
+
+    def dropout_and_eval_mode(self) -> dict:
+        evaluated, rates = self.evaluated["modes"], sorted(set(self.drops.values()))
+        asked = {k for k, v in self.model.config.to_dict().items() if "drop" in k and isinstance(v, float) and v > 0}
+        asked = [k for k in asked if not any(other in k for other in ("classifier", "summary", "layerdrop"))]
+        bad = ["trains in eval mode: no dropout"] * (False in self.base["modes"])
+        bad += ["evaluates in training mode: with dropout"] * (True in evaluated)
+        bad += [f"the configuration has {', '.join(asked)}, but no module drops anything"] * bool(asked and not rates)
+        said = f"trains in training mode, dropout {', '.join(map(str, rates)) or 'none'}; evaluates in eval mode"
+        return judge(len(bad), 0, said, "; ".join(bad))
+
+    def tied_weights(self) -> dict:
+        model = (
+            getattr(self.model, "decoder", self.model)
+            if "encoder-decoder" in self.model.config.model_type
+            else self.model
+        )
+        ins, outs = model.get_input_embeddings(), model.get_output_embeddings()
+        if getattr(outs, "weight", None) is None:
+            raise NotTried("the model has no output embeddings")
+        asked = bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
+        tied = ins.weight is outs.weight or ins.weight.data_ptr() == outs.weight.data_ptr()
+        said = f"tie_word_embeddings is {asked}, and the two are {'one matrix' if tied else 'two matrices'}"
+        return judge(float(tied), float(asked), said, said, tied == asked)
+
+    def parameters(self) -> dict:
+        """Those that are there to be trained: no tables of sines."""
+        tables = tuple(n for n, module in self.model.named_modules() if "Sinusoidal" in type(module).__name__)
+        return {n: p for n, p in self.model.named_parameters() if not (tables and n.startswith(tables))}
+
+    def frozen_parameters(self) -> dict:
+        frozen = [n for n, p in self.parameters().items() if not p.requires_grad]
+        if hasattr(self.model, "peft_config"):
+            return judge(0, 0, f"adapters are trained, {len(frozen)} parameters are frozen beneath them")
+        bad = f"{len(frozen)} parameters are frozen and not trained: {name_rows(frozen)}; if that is meant, --skip it"
+        return judge(len(frozen), 0, "no parameter is frozen", bad)
+
+    def gradients(self) -> dict:
+        wanted, moved = [n for n, p in self.parameters().items() if p.requires_grad], self.base["moved"]
+        still = [n for n in wanted if n not in moved]
+        bad = f"{len(still)} parameters get no gradient in two steps: {name_rows(still)}"
+        return judge(len(still), 0, f"{len(wanted)} parameters get a gradient", bad)
+
+    def precision(self) -> dict:
+        """How much of an update arrives in the precision of the run: in bf16 weights small ones are rounded away."""
+        asked = next((name for name in ("bf16", "fp16") if getattr(self.wanted, name)), None)
+        kinds = Counter(str(kind).removeprefix("torch.") for kind in self.kinds.values())
+        said = f"parameters: {', '.join(f'{n} {kind}' for kind, n in kinds.items())}; autocast: {asked or 'none'}"
+        if asked == "fp16" or "float16" in kinds:
+            raise NotTried(f"{said}; fp16 needs a GPU")
+        if set(kinds) == {"float32"} and not asked:
+            return judge(1.0, 0.5, said, fine=True)
+        flat = {"steps": 1, "sgd": False, "lr_scheduler_type": transformers.SchedulerType.CONSTANT}
+        exact, start = self.run(self.batch, **flat)["weights"], self.start
+        how = {"kinds": self.kinds, "bf16": asked == "bf16", "mixed_precision": asked or "no"}
+        made = self.run(self.batch, **flat, **how)["weights"]
+        wanted = {n: (exact[n] - start[n]).flatten() for n in exact}
+        came = {n: (made[n] - start[n].to(self.kinds[n]).float()).flatten() for n in exact}
+        share = sum((wanted[n] @ came[n]).item() for n in exact) / sum((w @ w).item() for w in wanted.values())
+        said += f"; {share:.2f} of an update arrives"
+        bad = f"{said}: the rest is rounded away. Keep the weights in float32 (dtype=torch.float32) under --bf16"
+        return judge(share, 0.5, said, bad, share >= 0.5)
 
 
-def find_bad_stops(rows: list[dict], stops: set[int], causal: bool) -> list[str]:
-    """Examples that do not end with a stop token, or whose stop has no label."""
-    hidden, without, count = [], [], 0
-    longest = max((len(row["ids"]) for row in rows), default=0)
-    for row in rows:
-        bounds = [*row["starts"], len(row["ids"])]
-        for start, end in zip(bounds, bounds[1:]):  # noqa: B905
-            tail = [i for i in range(max(start, end - 3), end) if row["ids"][i] in stops]
-            cut = len(row["starts"]) == 1 and len(row["ids"]) == longest and len(rows) > 1
-            count += not cut or bool(tail)
-            if tail and row["labels"][tail[-1]] == -100:
-                hidden.append(row["row"])
-            elif not tail and not cut:
-                masked = not causal and -100 in row["labels"]
-                (hidden if masked else without).append(row["row"])
-    why = "pad_token is eos_token, perhaps, and the collator masks padding: mask it by its position"
-    bad = [f"the stop token has no label in {len(hidden)} of {count} examples (rows {name_rows(hidden)}): {why}"]
-    bad = bad if hidden else []
-    if len(without) > count / 2:
-        bad.append(f"{len(without)} of {count} examples (rows {name_rows(without)}) end without a stop token")
-    return bad
+class Checks(RunChecks):
+    """What the rows show, as the model gets them."""
 
+    @cached_property
+    def rows(self) -> list[dict]:
+        """The first rows, without fillers (a row of one token that asks for nothing)."""
+        made = [self.read_row(row) | {"row": number} for number, row in enumerate(self.first_rows)]
+        return [row for row in made if len(row["ids"]) > 1 or row["labels"] != [-100] * len(row["labels"])]
 
-def show_row(stage: Stage, row: dict) -> list:
-    """[[text of a token, whether it is trained on], ...]"""
-    if stage.tokenizer is None or not hasattr(stage.tokenizer, "decode"):
-        return []
-    ids, flags = row["ids"][:400], [label != -100 for label in row["labels"][:400]]
-    source = row.get("source", [])[:200]
-    texts = [stage.tokenizer.decode([i]) if i >= 0 else "∅" for i in [*source, *ids]]
-    return [[text, flag] for text, flag in zip(texts, [False] * len(source) + flags, strict=True)]
+    def read_row(self, row) -> dict:
+        """One row beside a long one: ids and labels without padding, where its examples start, labels of padding."""
+        longest = max(self.first_rows, key=lambda other: len(other.get("input_ids", other.get("labels", []))))
+        batch = self.collate([row, longest])
+        batch = self.collate([row]) if is_packed(batch) or len(batch["labels"]) != 2 else batch
+        labels, source, mask = batch["labels"][0].tolist(), batch["input_ids"][0].tolist(), batch.get("attention_mask")
+        pad = getattr(self.tokenizer, "pad_token_id", None)
+        if not self.causal:
+            alone = self.collate([row])
+            ids = [token for token in alone["labels"][0].tolist() if token != -100]
+            hidden = -100 in alone["labels"] and not self.stops() & set(ids[-1:])
+            padded, source = pad in labels and pad not in self.stops(), [token for token in source if token != pad]
+            return {"ids": ids, "labels": [*ids, *[-100] * hidden], "source": source, "starts": [0], "padded": padded}
+        if torch.is_tensor(mask) and mask.dim() == 2:
+            kept = mask[0].nonzero().flatten().tolist()
+        else:  # trailing padding, without a mask
+            last = max((i for i in range(len(source)) if labels[i] != -100 or source[i] != pad), default=0)
+            kept = list(range(last + 1))
+        positions, padded = batch.get("position_ids"), set(range(len(source))) - set(kept)
+        starts = [n for n, i in enumerate(kept) if positions[0, i] == 0] if torch.is_tensor(positions) else [0]
+        row = {"ids": [source[i] for i in kept], "labels": [labels[i] for i in kept], "source": [], "starts": starts}
+        return row | {"padded": any(labels[i] != -100 for i in padded)}
 
+    def stops(self, generating: bool = False) -> set[int]:
+        """Tokens that end a text: the tokenizer's EOS and those at which generate() ends, or only the latter."""
+        ends = getattr(self.model.generation_config, "eos_token_id", None) if self.model.can_generate() else None
+        ends = [*(ends if isinstance(ends, list) else [ends])]
+        ends += [] if generating else [getattr(self.tokenizer, "eos_token_id", None)]
+        return {token for token in ends if token is not None}
 
-def check_prompts(stage: Stage) -> dict:
-    rows, tokenizer = read_rows(stage), stage.tokenizer
-    if tokenizer is None:
-        return not_tried("the trainer has no tokenizer")
-    ends, stops = find_stops(stage), set()
-    learned = Counter(next((t for t in reversed(r["labels"]) if t in ends), None) for r in rows)
-    stops = {token for token in learned if token is not None}
-    if not stops:
-        return result("fails", 0, None, "no row ends with a token at which generate() ends: it never stops")
-    ends_generation = stage.model.generation_config.eos_token_id if stage.model.can_generate() else None
-    ends_generation = ends_generation if isinstance(ends_generation, list) else [ends_generation]
-    token = tokenizer.decode([learned.most_common(1)[0][0]])
-    if not stops <= set(ends_generation):
-        said = f"the stop that is trained on, {token!r}, is not in generation_config.eos_token_id {ends_generation}"
-        return result("fails", 0, None, said)
-    if not stage.causal:
-        return result("holds", None, None, f"{token!r} is trained on and ends a generation")
-    return check_template(stage, rows, token)
+    def are_blocks(self) -> bool:
+        """Whether rows are one text cut into pieces of one length, with stops inside and nothing that parts them."""
+        rows, stops = self.rows, self.stops()
+        same = len(rows) > 2 and Counter(len(r["ids"]) for r in rows).most_common(1)[0][1] >= 0.8 * len(rows)
+        inside = sum(bool(stops & set(r["ids"][1:-3])) for r in rows)
+        return self.causal and same and inside > len(rows) / 2 and all(len(r["starts"]) == 1 for r in rows)
 
+    def labels(self) -> dict:
+        rows, pieces = self.rows, []
+        bad = [*self.find_bad_labels(), *self.find_bad_stops()]
+        asked = sum(label != -100 for row in rows for label in row["labels"])
+        share = asked / max(1, sum(len(row["labels"]) for row in rows))
+        said = f"{share:.0%} of the tokens of {len(rows)} rows are trained on"
+        said += ", each row ends with a stop that is" * (not bad and not self.are_blocks())
+        for row in rows[:VIEWED] if hasattr(self.tokenizer, "decode") else []:
+            ids, flags = row["source"][:200] + row["ids"][:400], [label != -100 for label in row["labels"][:400]]
+            texts = [self.tokenizer.decode([i]) if i >= 0 else "∅" for i in ids]
+            pieces.append(list(zip(texts, [False] * len(row["source"][:200]) + flags, strict=True)))
+        return judge(len(bad), 0, said, "; ".join([*bad, said]), views=pieces)
 
-def check_template(stage: Stage, rows: list[dict], token: str) -> dict:
-    """Whether what precedes an answer is what the tokenizer's generation prompt renders."""
-    tokenizer, bos = stage.tokenizer, stage.tokenizer.bos_token_id
-    double = [r["row"] for r in rows if bos is not None and r["ids"][:2] == [bos, bos]]
-    if double:
-        return result("fails", len(double), 0, f"rows {name_rows(double)} begin with two BOS tokens")
-    if not getattr(tokenizer, "chat_template", None):
-        return result("holds", None, None, f"no chat template; {token!r} is trained on and ends a generation")
-    mark = "\U000f0000"
-    chat = [{"role": "user", "content": mark}]
-    after = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True).partition(mark)[2]
-    good, other, unlike = [], [], 0
-    for row in rows:
-        first = next((i for i, label in enumerate(row["labels"]) if label != -100), 0)
-        prompt, whole = tokenizer.decode(row["ids"][:first]), tokenizer.decode(row["ids"])
-        if first > 1 and prompt.endswith(after) or first <= 1 and after in whole:
-            good.append(row["row"])
-        elif after.strip() and after.strip() in whole:
-            other.append(row["row"])
-        else:
-            unlike += 1
-    if other:
-        said = f"rows {name_rows(other)}: what stands before the answer is not the generation prompt's {after[-40:]!r}"
-        return result("fails", len(other), 0, said)
-    if unlike > len(good):
-        return not_tried("the rows are not written by the chat template: generate with the script's own prompt")
-    return result("holds", 0, 0, f"{len(good)} rows begin as the generation prompt does; {token!r} ends a generation")
+    def find_bad_labels(self) -> list[str]:
+        """Rows without labels, padding with labels, labels that are not their tokens, prompts cut or missing."""
+        rows, shift = self.rows, int(self.causal)
+        said = {
+            "rows {} ask for nothing: leave them out": lambda r: set(r["labels"][shift:]) <= {-100},
+            "padding is trained on in rows {}: give it the label -100": lambda r: r["padded"],
+        }
+        if self.causal:
+            begins, count = Counter(r["ids"][0] for r in rows).most_common(1)[0]
+            longest, prompted = max(len(r["ids"]) for r in rows), sum(r["labels"][1] == -100 for r in rows)
+            cut = "rows {} are as long as any and do not begin as the others: was the question cut?"
+            bare = "rows {} have no prompt, or train on it, where the others do not: was the question cut?"
+            said |= {
+                "labels of rows {} are not their tokens: the model shifts them itself": lambda r: any(
+                    b not in (-100, a) for a, b in zip(r["ids"], r["labels"], strict=True)
+                ),
+                bare: lambda r: len(rows) / 2 < prompted and r["labels"][1] != -100,
+                cut: lambda r: 0.8 * len(rows) < count and r["ids"][0] != begins and len(r["ids"]) == longest,
+            }
+        found = {text: [r["row"] for r in rows if wrong(r)] for text, wrong in said.items()}
+        return [text.format(name_rows(numbers)) for text, numbers in found.items() if numbers]
 
-
-def check_packing(stage: Stage) -> dict:
-    rows, (_, collate) = read_rows(stage), stage.loader()
-    if stage.causal:
-        stops, blocks = find_stops(stage), are_blocks(stage, rows)
-        for row in rows if blocks else []:
-            row["starts"] = [0] + [i + 1 for i, t in enumerate(row["ids"][:-1]) if t in stops and i > 0]
-        packed = [row for row in rows if len(row["starts"]) > 1]
-        return measure_leak(stage, packed, blocks) if packed else not_tried("no row holds several examples")
-    batch = collate(stage.first_rows()[:3])
-    if not is_packed(batch):
-        return not_tried("no row holds several examples")
-    worst = compare_batch(stage, collate, stage.first_rows()[:3])
-    return judge(worst, LOGITS, f"3 examples packed and alone: losses off by {worst:.1e}", "packed examples leak")
-
-
-def measure_leak(stage: Stage, rows: list[dict], blocks: bool) -> dict:
-    """Logits of each example alone against those in its row."""
-    _, collate = stage.loader()
-    dataset, worst, where = stage.first_rows(), 0.0, ""
-    for row in rows[:2]:
-        batch = collate([dataset[row["row"]]])
-        logits = stage.logits(batch)[0]
-        bounds = [*row["starts"], len(row["ids"])]
-        for number, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
-            if end - start < 2 or number > 3:
+    def find_bad_stops(self) -> list[str]:
+        """Examples that do not end with a stop token, or whose stop has no label."""
+        rows, stops, hidden, without, count = self.rows, self.stops(), [], [], 0
+        longest = max(len(row["ids"]) for row in rows)
+        for row in rows:
+            bounds = [*row["starts"], len(row["ids"])]
+            if self.are_blocks():
+                pairs = list(zip(row["ids"], row["labels"], strict=True))[1:]
+                count += any(token in stops for token, _ in pairs)
+                hidden += [row["row"]] * any(token in stops and label == -100 for token, label in pairs)
                 continue
-            ids = torch.tensor([row["ids"][start:end]])
-            alone = stage.logits({"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False})[0]
-            off = ((logits[start:end] - alone).abs().max() / alone.abs().max()).item()
-            if off > worst:
-                worst, where = (
-                    off,
-                    f"row {row['row']}, example {number + 1} (from token {start}), from those before it",
-                )
-    if SEEN["flash"] and worst > LOGITS:
-        return not_tried("FlashAttention, which would keep packed examples apart, does not run on a CPU")
-    good = f"examples in their row and alone: logits off by {worst:.1e} of the largest"
-    bad = f"packed examples see each other: logits off by {worst:.1e} of the largest in {where}"
-    bad += "; rows are one text cut into blocks, and nothing says where an example begins" * blocks
-    return judge(worst, LOGITS, good, bad)
+            for start, end in zip(bounds, bounds[1:], strict=False):
+                tail = [i for i in range(max(start, end - 3), end) if row["ids"][i] in stops]
+                cut = len(row["starts"]) == 1 and len(row["ids"]) == longest and len(rows) > 1
+                count += not cut or bool(tail)
+                masked = row["labels"][tail[-1]] == -100 if tail else not self.causal and -100 in row["labels"]
+                if masked or not (tail or cut):
+                    (hidden if masked else without).append(row["row"])
+        bad = f"the stop token has no label in {len(hidden)} of {count} examples (rows {name_rows(hidden)}): "
+        bad += "pad_token is eos_token, perhaps, and the collator masks padding: mask it by its position"
+        more = f"{len(without)} of {count} examples (rows {name_rows(without)}) end without a stop token"
+        return [bad] * bool(hidden) + [more] * (len(without) > count / 2)
+
+    def prompts(self) -> dict:
+        """Whether the stop that is learned ends a generation, and rows begin as the generation prompt does."""
+        rows, tokenizer = self.rows, self.tokenizer
+        if tokenizer is None:
+            raise NotTried("the trainer has no tokenizer")
+        learned = Counter(t for r in rows for t in [next((t for t in r["labels"][::-1] if t in self.stops()), None)])
+        ends, good, other = self.stops(generating=True), [], []
+        stops = [token for token, _ in learned.most_common() if token is not None]
+        if not stops:
+            return judge(0, None, "", "no row ends with a token at which generate() ends: it never stops", False)
+        said = f"{tokenizer.decode(stops[:1])!r} is trained on and ends a generation"
+        if not set(stops) <= ends:
+            bad = f"the stop that is trained on, {tokenizer.decode(stops[:1])!r}, is not in "
+            return judge(0, None, "", f"{bad}generation_config.eos_token_id {sorted(ends)}", False)
+        bos = tokenizer.bos_token_id if self.causal else None
+        double = [r["row"] for r in rows if bos is not None and r["ids"][:2] == [bos, bos]]
+        if double:
+            return judge(len(double), 0, "", f"rows {name_rows(double)} begin with two BOS tokens")
+        if not self.causal or not getattr(tokenizer, "chat_template", None):
+            return judge(0, 0, f"{said}; there is no chat template to compare with")
+        chat = [{"role": "user", "content": "\U000f0000"}]
+        after = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True).partition(
+            "\U000f0000"
+        )[2]
+        for row in rows:
+            first = next((i for i, label in enumerate(row["labels"]) if label != -100), 0)
+            prompt, whole = tokenizer.decode(row["ids"][:first]), tokenizer.decode(row["ids"])
+            good += [row["row"]] * (prompt.endswith(after) or first <= 1 and after in whole)
+            other += [row["row"]] * (
+                first > 1 and not prompt.endswith(after) and bool(after.strip()) and after.strip() in whole
+            )
+        if len(rows) - len(good) - len(other) > len(good):
+            raise NotTried("the rows are not written by the chat template: generate with the script's own prompt")
+        bad = f"rows {name_rows(other)}: what stands before the answer is not the generation prompt's {after[-40:]!r}"
+        return judge(len(other), 0, f"{len(good)} rows begin as the generation prompt does; {said}", bad)
+
+    def packing(self) -> dict:
+        """Each example in its row (causal) or batch and alone."""
+        rows, collate = self.rows, self.collate
+        if not self.causal:
+            if not is_packed(collate(self.first_rows[:3])):
+                raise NotTried("no row holds several examples")
+            worst = self.compare_batch(collate, self.first_rows[:3])
+            return judge(
+                worst, LOGITS, f"3 examples packed and alone: losses off by {worst:.1e}", "packed examples leak"
+            )
+        blocks, stops, worst, where = self.are_blocks(), self.stops(), 0.0, ""
+        inner = {r["row"]: [i + 1 for i, t in enumerate(r["ids"][:-1]) if t in stops and i] for r in rows if blocks}
+        packed = [r | {"starts": [0, *inner[r["row"]]] if blocks else r["starts"]} for r in rows]
+        packed = [row for row in packed if len(row["starts"]) > 1]
+        if not packed:
+            raise NotTried("no row holds several examples")
+        for row in packed[:2]:
+            logits, bounds = (
+                self.logits(collate([self.first_rows[row["row"]]]))[0],
+                [*row["starts"], len(row["ids"])],
+            )
+            for start, end in list(zip(bounds, bounds[1:], strict=False))[:4]:
+                ids = torch.tensor([row["ids"][start:end]])
+                alone = self.logits({"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False})[0]
+                off = ((logits[start:end] - alone).abs().max() / alone.abs().max()).item() if end - start > 1 else 0
+                worst, where = max((worst, where), (off, f"row {row['row']}, the example from token {start}"))
+        if SEEN["flash"] and worst > LOGITS:
+            raise NotTried("FlashAttention, which would keep packed examples apart, does not run on a CPU")
+        bad = (
+            f"packed examples see each other: logits off by {worst:.1e} of the largest in {where}, by those before it"
+        )
+        bad += "; rows are one text cut into blocks, and nothing says where an example begins" * blocks
+        return judge(worst, LOGITS, f"examples in their row and alone: logits off by {worst:.1e} of the largest", bad)
+
+    def compare_batch(self, collate, rows: list) -> float:
+        """Largest difference of a token's loss in a batch of rows from its loss in a row alone, over the largest."""
+        losses = []
+        for batch in [collate(rows), *(collate([row]) for row in rows)]:
+            logits, labels = self.logits(batch), batch["labels"]
+            logits, labels = (logits[:, :-1], labels[:, 1:]) if self.causal else (logits, labels)
+            keep = labels != -100
+            losses.append(torch.nn.functional.cross_entropy(logits[keep], labels[keep], reduction="none"))
+        together, alone = losses[0].sort().values, torch.cat(losses[1:]).sort().values
+        if len(alone) != len(together):
+            raise NotTried(f"rows together ask for {len(together)} tokens, alone for {len(alone)}: see labels")
+        return ((alone - together).abs().max() / alone.abs().max()).item()
+
+    def padding_side(self) -> dict:
+        rows, collate = [row for row in self.first_rows if len(row.get("input_ids", [])) > 1], self.collate
+        if len(rows) < 2:
+            raise NotTried("the rows have no input_ids of their own")
+        rows = sorted(rows, key=lambda row: len(row["input_ids"]))
+        chosen = [rows[0], rows[-1]]
+        collate = self.trainer.data_collator if is_packed(collate(chosen)) else collate
+        mask = collate(chosen).get("attention_mask")
+        if is_packed(collate(chosen)) or not torch.is_tensor(mask) or mask.dim() != 2 or bool(mask.all()):
+            raise NotTried("two rows of different length are not padded in a batch")
+        side, worst = "left" if (mask[:, 0] == 0).any() else "right", self.compare_batch(collate, chosen)
+        bad = f"padding on the {side} changes a row's losses by {worst:.1e} of the largest: give position_ids"
+        return judge(worst, LOGITS, f"on the {side}; a row's losses off by {worst:.1e} beside a longer one", bad)
+
+    def position_ids(self) -> dict:
+        positions = self.collate(self.first_rows[:1]).get("position_ids")
+        if not torch.is_tensor(positions):
+            made = self.results.get("padding side")
+            if not isinstance(made, dict):
+                raise NotTried(f"the model counts positions itself; padding side: {made}")
+            return made | {"detail": f"the model counts positions itself; as padding side: {made['detail']}"}
+        steps = positions[0].diff()
+        bad = int(((steps != 1) & (positions[0][1:] != 0)).sum()) + int(positions[0][0] != 0)
+        return judge(
+            bad, 0, "position_ids begin at 0 with each example and count up", f"position_ids jump {bad} times"
+        )
 
 
-def compare_batch(stage: Stage, collate, rows: list) -> float:
-    """Largest difference of a token's loss in a batch of rows from its loss in a row of its own, over the largest."""
-    parts = [token_losses(stage, collate([row])) for row in rows]
-    alone, together = torch.cat(parts).sort().values, token_losses(stage, collate(rows)).sort().values
-    if len(alone) != len(together):
-        return math.inf
-    return ((alone - together).abs().max() / alone.abs().max()).item()
-
-
-def token_losses(stage: Stage, batch: dict) -> torch.Tensor:
-    """The loss of each supervised token."""
-    logits, labels = stage.logits(batch), batch["labels"]
-    if stage.causal:
-        logits, labels = logits[:, :-1], labels[:, 1:]
-    keep = labels != -100
-    return torch.nn.functional.cross_entropy(logits[keep], labels[keep], reduction="none")
-
-
-def check_padding(stage: Stage) -> dict:
-    rows, collate = stage.first_rows(), stage.loader()[1]
-    rows = sorted((r for r in rows if len(r.get("input_ids", [])) > 1), key=lambda row: len(row["input_ids"]))
-    if len(rows) < 2:
-        return not_tried("the rows have no input_ids of their own")
-    chosen = [rows[0], rows[-1]]
-    if is_packed(collate(chosen)):
-        collate = stage.trainer.data_collator
-    batch = collate(chosen)
-    mask = batch.get("attention_mask")
-    if is_packed(batch) or not torch.is_tensor(mask) or mask.dim() != 2 or bool(mask.all()):
-        return not_tried("two rows of different length are not padded in a batch")
-    side = "left" if (mask[:, 0] == 0).any() else "right"
-    worst = compare_batch(stage, collate, chosen)
-    bad = f"padding on the {side} changes a row: a token's loss by {worst:.1e} of the largest; give position_ids, or "
-    return judge(
-        worst, LOGITS, f"on the {side}; a row's losses off by {worst:.1e} beside a longer one", bad + "pad right"
-    )
-
-
-def check_positions(stage: Stage) -> dict:
-    _, collate = stage.loader()
-    positions = collate(stage.first_rows()[:1]).get("position_ids")
-    if not torch.is_tensor(positions):
-        padding = stage.results.get("padding side", not_tried("no padding was tried"))
-        said = f"the model counts positions itself; as padding: {padding['detail']}"
-        return result(padding["status"], padding["figure"], padding["bound"], said)
-    steps = positions[0].diff()
-    bad = int(((steps != 1) & (positions[0][1:] != 0)).sum()) + int(positions[0][0] != 0)
-    return judge(bad, 0, "position_ids begin at 0 with each example and count up", f"position_ids jump {bad} times")
-
-
-# ------------------------------------------------------------------------------------------------ all of it
-
-CHECKS = {
-    "one": {
-        "repeatable": check_repeat,
-        "labels": check_labels,
-        "prompts": check_prompts,
-        "batch cut": check_cut,
-        "packing": check_packing,
-        "padding side": check_padding,
-        "position ids": check_positions,
-        "evaluation": check_evaluation,
-        "dropout and eval mode": check_mode,
-        "tied weights": check_tied,
-        "gradients": check_gradients,
-        "precision": check_precision,
-        "(base)": Stage.base,
-        "(reference)": prepare_optimizer,
-        "(checkpoint)": prepare_resume,
-    },
-    "again": {"resume": check_resume},
-    "two": {"ranks": check_ranks, "optimizer": check_optimizer, "evaluation on ranks": check_evaluation_ranks},
-    "zero": {"ranks under DeepSpeed": check_zero_ranks, "optimizer": check_optimizer},
-}
-
-
-def train_instead(trainer, *args, **settings) -> None:
-    """In the place of Trainer.train: the checks of the plan's mode, and the end of the process."""
-    stage = Stage(trainer)
-    if RANK == 0 and MODE == "one":
-        size = sum(p.numel() for p in trainer.model.parameters())
-        real = "its own weights" if PLAN["keep_weights"] else "; ".join(SEEN["clones"]) or "as the script makes it"
-        send({"model": f"{type(trainer.model).__name__}, {size:,} parameters: {real}", "batch": stage.batch})
-    for name, check in CHECKS[MODE].items():
-        if name in PLAN["skip"] or (PLAN["zero"] and MODE == "two" and name == "optimizer"):
-            continue
-        try:
-            made = check(stage)
-        except Exception as error:  # a script's trainer may raise anything
-            traceback.print_exc()
-            made = not_tried(f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error) else ''}")
-            stage.reference["no checkpoint"] = made["detail"]
-        if made is not None:
-            stage.results[name] = made
-        if not name.startswith("("):
-            send({"check": name, **made})
-    if MODE == "one":
-        kept = {k: v for k, v in stage.memory.items() if k in ("base", "optimizer", "whole", "evaluation")}
-        kept |= {"start": stage.start, "no checkpoint": stage.results.get("(checkpoint)", {}).get("detail")}
-        torch.save(kept, FOLDER / "reference.pt")
-    send({"done": True})
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-    leave(0)
-
-
-def end_with_parent() -> None:
-    """The kernel ends this process with check_run.py, however that ends (Linux)."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-
-
-def run_script(plan: dict, words: list[str], output: str, environ: dict[str, str]) -> None:
-    """Become a rank: run the script, whose arguments follow it in words, to where it trains; does not return."""
-    global PLAN, FOLDER, MODE, RANK
-    PLAN, FOLDER, MODE, RANK = plan, Path(plan["folder"]), plan["mode"], int(environ.get("RANK", 0))
-    os.setsid()
-    gc.freeze()  # the libraries' own objects: a collection then takes milliseconds instead of a second
-    end_with_parent()
-    os.environ.update(environ)
-    for number, path in enumerate((os.devnull, output, output)):
-        os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND), number)
-    sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w", buffering=1), open(2, "w", buffering=1)
-    torch.set_num_threads(int(environ["OMP_NUM_THREADS"]))
-    sys.argv, sys.path[0] = words, os.path.dirname(os.path.abspath(words[0]))
-    ended = "ends without calling Trainer.train(): it does not train"
-    try:
-        if MODE == "zero":
-            join_ranks()
-        patch_libraries()
-        runpy.run_path(words[0], run_name="__main__")
-    except SystemExit as end:
-        ended = ended if end.code in (None, 0) else f"ends with exit code {end.code} before it trains"
-    except BaseException as error:  # whatever a script raises
-        traceback.print_exc()
-        ended = "asks for input, and nobody is there to answer"
-        ended = ended if isinstance(error, EOFError) else f"crashes before it trains: {type(error).__name__}: {error}"
-        ended = str(error) if "cannot be shrunk" in str(error) else ended
-    if not SEEN["trainers"] and ended.startswith("ends without"):
-        ended = "uses no transformers.Trainer: there is nothing to check"
-    send({"ended": ended})
-    leave(1)
+REFERENCES = {"base": lambda stage: stage.base, "optimizer": Checks.prepare_optimizer, "whole": Checks.prepare_resume}
+REFERENCES["evaluation"] = lambda stage: stage.evaluated if stage.trainer.eval_dataset is not None else None
