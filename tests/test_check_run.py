@@ -2,7 +2,6 @@
 """check_run.py finds what is wrong with a script, by the check that names it, and nothing on one that is right."""
 
 import functools
-import importlib.util
 import json
 import re
 import shutil
@@ -16,11 +15,14 @@ import pytest
 import check_run
 from conftest import ROOT, make_environment, run, run_warm
 
-pytestmark = pytest.mark.slow
 CASES = ROOT / "tests/check_run_cases"
 DS_CONFIGS = ["zero2.json", "zero2_offload.json", "zero3.json", "zero3_offload.json", "zero3_offload_adamw.json"]
 IN_ONE = ("repeatable", "labels", "prompts", "batch cut", "packing", "padding side", "position ids", "evaluation")
-IN_ONE += ("dropout and eval mode", "tied weights", "gradients", "precision")
+IN_ONE += ("dropout and eval mode", "tied weights", "frozen parameters", "gradients", "precision")
+
+
+def mark_slow_but(quick: str) -> list:
+    return [pytest.param(name, marks=[] if name == quick else [pytest.mark.slow]) for name in DS_CONFIGS]
 
 
 def skip_all_but(*names: str) -> list[str]:
@@ -46,8 +48,9 @@ def causal(place, tmp_path_factory):
     """causal.py in one of its ways, checked."""
 
     @functools.cache
-    def in_way(way: str, *names: str, seed: int = 0) -> dict:
-        words = ["--model_name_or_path", place / "tiny-llama", "--train_file", place / "train.jsonl", "--way", way]
+    def in_way(way: str, *names: str, seed: int = 0, folder: Path | None = None) -> dict:
+        words = ["--model_name_or_path", folder or place / "tiny-llama", "--train_file", place / "train.jsonl"]
+        words += ["--way", way]
         flags = [*(skip_all_but(*names) if names else []), "--seed", seed]
         return check(tmp_path_factory.mktemp(way), CASES / "causal.py", *words, flags=flags)
 
@@ -86,6 +89,7 @@ def test_what_a_stock_t5_does_right_holds(stock):
     right = ("repeatable", "labels", "prompts", "padding side", "gradients", "tied weights", "resume", "precision")
     assert [stock[name]["status"] for name in right] == ["holds"] * len(right)
     assert find(stock, "not tried") == ["packing", "evaluation", "evaluation on ranks"]
+    assert stock["dropout and eval mode"]["status"] == "holds"  # seen on rows of training
     assert "no evaluation set" in stock["evaluation"]["detail"]
 
 
@@ -118,6 +122,30 @@ def test_a_fault_that_no_check_names_shows_as_a_difference(causal):
     checks = causal("unnamed", *IN_ONE)
     assert find(checks, "fails") == ["batch cut"]
     assert "the logged loss agrees, what is trained does not" in checks["batch cut"]["detail"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "way, names, failing, said",
+    [
+        ("forget", ["resume"], "resume", "the same rows, but the weights differ by "),
+        ("means", ["batch cut"], "batch cut", "multiplied by the accumulation steps (4.00×); compute_loss_func is to"),
+        ("shifted", IN_ONE, "labels", "are not their tokens: the model shifts them itself"),
+        ("padded", ["labels"], "labels", "padding is trained on in rows 2, 5, "),
+        ("cut", IN_ONE, "labels", "rows 15, 35, 55 have no prompt, or train on it, where the others do not"),
+        ("left", ["padding side"], "padding side", "padding on the left changes a row's losses"),
+        ("frozen", IN_ONE, "frozen parameters", "1 parameters are frozen and not trained: model.embed_tokens.weight"),
+        ("unused", IN_ONE, "gradients", "1 parameters get no gradient in two steps: unused"),
+        ("still", IN_ONE, "dropout and eval mode", "trains in eval mode: no dropout"),
+        ("coarse", IN_ONE, "precision", "of an update arrives: the rest is rounded away"),
+        ("swapped", ["evaluation on ranks", "evaluation"], "evaluation on ranks", "6 of 7 predictions are others'"),
+    ],
+)
+def test_each_fault_is_found_by_the_check_that_names_it(way, names, failing, said, causal, folders):
+    checks = causal(way, *names, folder=folders("gpt2") if way == "left" else None)
+    assert said in checks[failing]["detail"]
+    # a mean of batches' means, which is stock, is reported beside the predictions
+    assert find(checks, "fails") == ["evaluation"] * (way == "swapped") + [failing]
 
 
 # ------------------------------------------------------------------------------------------------ bad input
@@ -173,8 +201,7 @@ def test_a_killed_check_takes_its_children_along_and_copied_alone_it_runs(tmp_pa
 # ------------------------------------------------------------------------------------------------ no false alarm
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", DS_CONFIGS)
+@pytest.mark.parametrize("name", mark_slow_but("zero3.json"))
 def test_all_checks_hold_on_run_summarization(name, work, tmp_path):
     words = ["--model_name_or_path", work / "tiny-t5", "--do_train", "--do_eval", "--train_file", work / "train.csv"]
     words += ["--validation_file", work / "validation.csv", "--source_prefix", "summarize: "]
@@ -184,8 +211,7 @@ def test_all_checks_hold_on_run_summarization(name, work, tmp_path):
     assert find(checks, "not tried") == []
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", DS_CONFIGS)
+@pytest.mark.parametrize("name", mark_slow_but("zero2.json"))
 def test_all_checks_hold_on_run_clm_instruct(name, place, tmp_path):
     words = ["--model_name_or_path", place / "tiny-llama", "--do_train", "--do_eval", "--packing", "--bf16"]
     words += ["--train_file", place / "train.jsonl", "--validation_file", place / "validation.jsonl"]
@@ -241,13 +267,12 @@ def test_no_encoder_decoder_type_gives_a_false_alarm(kind, folders, work, tmp_pa
     words = ["--model_name_or_path", folders(kind), "--do_train", "--train_file", work / "train.csv"]
     words += ["--max_source_length", 64, "--max_target_length", 12, "--do_eval", "--predict_with_generate"]
     words += ["--validation_file", work / "validation.csv"]
-    for name in ("run_summarization.py",):
-        alone = shutil.copy(ROOT / name, tmp_path.parent / f"{kind}.py")  # without companions, which check the weights
+    # Without companions, which would check the weights.
+    alone = shutil.copy(ROOT / "run_summarization.py", tmp_path.parent / f"{kind}.py")
     assert not find(check(tmp_path, Path(alone), *words), "fails")
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="trl is not installed")
 def test_of_a_script_of_trl_only_the_evaluation_depends_on_batches_and_ranks(place, tmp_path):
     words = ["--model_name_or_path", place / "tiny-llama", "--train_file", place / "train.jsonl"]
     checks = check(tmp_path, CASES / "trl_sft.py", *words, "--learning_rate", "1e-3")
