@@ -308,3 +308,17 @@ def test_of_a_chat_exactly_the_answers_with_their_stop_tokens_are_supervised(mod
     assert all(label in (-100, token) for label, token in zip(labels, ids, strict=True))
     whole = tokenizer.apply_chat_template(chat)["input_ids"]  # ends with the line break after the last stop token
     assert ids == whole[: len(ids)] and tokenizer.decode(whole[len(ids) :]) == "\n"
+
+
+# ------------------------------------------------------------------------------------------------ check_run.py
+
+
+def test_all_checks_hold_on_the_real_model_with_its_own_weights(place, model, tmp_path):
+    words = ["--keep_weights", "--batch", "2", "--steps", "2", SCRIPT, "--model_name_or_path", model, "--do_train"]
+    words += ["--do_eval", "--train_file", place / "train.jsonl", "--validation_file", place / "validation.jsonl"]
+    words += ["--max_seq_length", "256", "--bf16", "--output_dir", tmp_path / "none"]
+    run_warm(ROOT / "check_run.py", *words, cwd=tmp_path, timeout=900)  # its exit code is 1 where a check fails
+    checks = {one["name"]: one["status"] for one in json.loads((tmp_path / "check_run.json").read_text())["checks"]}
+    left = {"packing", "ranks under DeepSpeed"}
+    assert {name for name, status in checks.items() if status != "holds"} == left and len(checks) == 18
+    assert not (tmp_path / "none").exists()
