@@ -21,7 +21,7 @@ INSTRUCTIONS ?= databricks-dolly-15k.jsonl
 INSTRUCT_DATA ?= data/instruct
 
 .PHONY: demo demo-instruct demo-real
-.PHONY: test test-slow test-real test-gpu test-launchers chaos damages lost-ranks bad-inputs quality style fix-copies clean
+.PHONY: test test-slow test-real test-gpu test-launchers test-versions hooks chaos damages lost-ranks bad-inputs quality style fix-copies clean
 .PHONY: prep-reviews prep-instruct
 .PHONY: train-t5-small train-t5-large train-t5-11b train-llama2-7b train-llama3-8b
 .PHONY: generate summarize-products serve
@@ -96,9 +96,21 @@ COUNT ?= 2000
 bad-inputs: $(VENV)/.dev
 	HF_HUB_OFFLINE=1 $(BIN)/python tests/bad_inputs.py --count $(COUNT) $(EXTRA)
 
+# The scripts' tests on the oldest and the newest transformers that pass, each with what it resolves to.
+VERSIONS ?= 5.17.0 5.24.0
+test-versions: $(VENV)/.dev
+	for version in $(VERSIONS); do folder=$(VENV)/transformers-$$version; \
+	    [ -d $$folder ] || $(BIN)/python -m pip install -q --target $$folder transformers==$$version || exit 1; \
+	    PYTHONPATH=$$folder $(BIN)/python -m pytest -q -n 2 $(EXTRA) tests/test_run_summarization.py \
+	        tests/test_run_clm_instruct.py tests/test_run_generation.py tests/test_zero_adafactor.py || exit 1; done
+
 quality: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# `make quality` before each commit.
+hooks: $(VENV)/.dev
+	$(BIN)/pre-commit install
 
 style: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
