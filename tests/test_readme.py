@@ -203,7 +203,7 @@ def test_the_pages_show_how_to_look_at_data():
 
 
 def test_the_model_from_scratch_has_a_known_shape():
-    words, japanese = find_words("init_model.py")
+    japanese, words = find_words("init_model.py")
     assert init_model.parse_args(words).preset == "t5-small"
     assert init_model.parse_args(japanese).train_file == ["ja.csv"]
 
