@@ -165,7 +165,9 @@ def train_loop(config: dict) -> dict:
     for path in (config["folder"], config["script"]):
         if not os.path.exists(path):
             raise UsageError(f"{path}: the worker on {socket.gethostname()} does not see it; use a shared file system")
-    logging.getLogger("ray.train").setLevel(logging.WARNING)  # it would repeat the metrics on every rank
+    for name in list(logging.root.manager.loggerDict):  # they would repeat the metrics on every rank
+        if name == "ray.train" or name.endswith("execution/context.py"):  # named by its file in 2.60
+            logging.getLogger(name).setLevel(logging.WARNING)
     os.chdir(config["folder"])  # Ray moves its workers into the result's folder
     sys.argv = [config["script"], *config["arguments"]]
     argparse.ArgumentParser.error = raise_usage_error  # else the reason is lost with the worker's exit
@@ -283,6 +285,20 @@ def describe_failure(error: Exception) -> str:
 # ------------------------------------------------------------------------------------------------ main
 
 
+def drop_unknown_copies(result) -> None:
+    """Remove copies of checkpoints whose worker died before Ray knew of them: Ray leaves them there (2.60)."""
+    from pyarrow.fs import FileSelector, FileType
+
+    known = {Path(checkpoint.path).name for checkpoint, _ in result.best_checkpoints or []}
+    for entry in result.filesystem.get_file_info(FileSelector(result.path)) if known else []:
+        if (
+            entry.type == FileType.Directory
+            and entry.base_name.startswith("checkpoint_")
+            and entry.base_name not in known
+        ):
+            result.filesystem.delete_dir(entry.path)
+
+
 class OwnRayTrainer(TorchTrainer):
     """Without the actor that tidies up a shared cluster: where Ray has no dashboard it warns each second (2.60)."""
 
@@ -335,6 +351,7 @@ def main(argv: list[str] | None = None) -> int:
         reason = describe_failure(error)
         print("".join(f"\nerror: {line}" for line in reason.split("\n")), file=sys.stderr, flush=True)
         return 2 if type(getattr(error, "controller_failure", None)).__name__ == "UsageError" else 1
+    drop_unknown_copies(result)
     metrics = json.dumps(result.metrics, default=str)
     checkpoint = result.checkpoint.path if result.checkpoint else None
     print(f"Ray's result: {result.path}\nmetrics: {metrics}\ncheckpoint: {checkpoint}", flush=True)

@@ -90,6 +90,8 @@ def test_two_workers_have_the_losses_of_python_and_ray_has_the_metrics_and_the_m
     assert checkpoint.is_relative_to(work / "ray_out.ray")
     assert (checkpoint / "model.safetensors").read_bytes() == (work / "ray_out/model.safetensors").read_bytes()
     assert not list(checkpoint.glob("checkpoint-*"))
+    assert list(checkpoint.parent.glob("checkpoint_*/")) == [checkpoint]  # of three: --num_to_keep 1
+    assert "Reporting training result" not in done.stdout
 
 
 def test_a_killed_worker_is_replaced_and_zero3_ends_with_the_losses_of_an_undisturbed_run(
@@ -103,7 +105,10 @@ def test_a_killed_worker_is_replaced_and_zero3_ends_with_the_losses_of_an_undist
     assert "Ray replaces it (0 of --max_failures left)" in done.stdout
     assert f"going on from {work / 'ray_killed/checkpoint-3'}" in done.stdout
     assert losses(work / "ray_killed") == pytest.approx(losses(alone), rel=1e-5)
-    assert read_result(done.stdout)[1].is_relative_to(work / "storage")
+    checkpoint = read_result(done.stdout)[1]
+    assert checkpoint.is_relative_to(work / "storage")
+    assert list(checkpoint.parent.glob("checkpoint_*/")) == [checkpoint]
+    assert done.stdout.count("Traceback") == 0, done.stdout[-6000:]
 
 
 def test_deepspeed_ends_when_a_rank_is_killed_and_the_same_command_goes_on(work, common, alone):
