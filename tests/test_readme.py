@@ -226,7 +226,7 @@ def dry_run(command: str) -> list[list[str]]:
 
     `.venv/bin/python` counts as `python`, and what puts the environment in front of PATH is left out.
     """
-    installed = [word for name in (".core", ".dev", ".launchers") for word in ("-o", f".venv/{name}")]
+    installed = [word for name in (".core", ".dev", ".launchers", ".try") for word in ("-o", f".venv/{name}")]
     make = ["make", "-n", *installed, "VENV=.venv", "PYTHON=python", *shlex.split(command)[1:]]
     # The tests may run under `make test`: a make below it would say which folder it enters, and take its flags.
     outer = {"MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES"}
