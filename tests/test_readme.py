@@ -266,7 +266,7 @@ def test_a_make_target_runs_the_command_that_stands_below_it(target, commands):
 def test_every_target_is_phony_on_a_line_of_its_group():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     phony = [line.split()[1:] for line in re.findall(r"^\.PHONY: .*$", makefile, re.M)]
-    targets = re.findall(r"^([a-z][a-z0-9-]*):", makefile, re.M)
+    targets = re.findall(r"^([a-z][a-z0-9-]*):(?! \w+ =)", makefile, re.M)
     assert len(phony) > 1 and sorted(sum(phony, [])) == sorted(targets)
 
 

@@ -247,7 +247,7 @@ def show_table(column, table, notes):
     st.caption("  \n".join(escape(f"{name}: {note}") for name, note in notes.items()))
     rows = [dict(zip(table, cells, strict=True)) for cells in zip(*table.values(), strict=True)]
     first = [column, *notes]
-    widths = {name: st.column_config.Column(width="large") for name in first}  # or the first fills the page alone
+    widths = {name: st.column_config.Column(width="large" if name in notes else "medium") for name in first}
     order = [*first, *(name for name in table if name not in first)]
     st.dataframe(rows, hide_index=True, column_order=order, column_config=widths)
     offer_csv(rows, "predictions.csv")
