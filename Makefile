@@ -193,7 +193,7 @@ serve: $(VENV)/.launchers
 # A page in the browser for MODEL="out/t5-small out/t5-large": texts, chats, tables; PORT, if not 8501.
 try: PORT = 8501
 try: $(VENV)/.try
-	$(BIN)/python tools/try_model.py --model_name_or_path $(or $(MODEL),$(OUT)/t5-small) --port $(PORT) $(EXTRA)
+	$(BIN)/python tools/try_model.py --model_dir $(or $(MODEL),$(OUT)/t5-small) --port $(PORT) $(EXTRA)
 
 # ------------------------------------------------------------------------------------------------ copying
 

@@ -153,17 +153,16 @@ def test_a_file_that_is_no_table_is_named_without_the_folder_it_lay_in():
 
 
 def test_everything_that_stands_in_the_way_of_a_start_is_said_at_once(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(tool.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "streamlit", None)
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
-        assert tool.main(["--model_name_or_path", str(tmp_path), f"{tmp_path}/no/way", "--port", str(port)]) == 2
-    give = "give a model folder or a name on the hub"
+        assert tool.main(["--model_dir", str(tmp_path), f"{tmp_path}/no/way", "--port", str(port)]) == 2
     assert capsys.readouterr().err.splitlines() == [
         "error: streamlit is not installed here: `pip install -r requirements-try.txt`",
-        f"error: --model_name_or_path {tmp_path}: the folder has no config.json; {give}",
-        f"error: --model_name_or_path {tmp_path}/no/way: there is no such folder; {give}",
+        f"error: --model_dir {tmp_path}: the folder has no config.json; give a model folder or a name on the hub",
+        f"error: --model_dir {tmp_path}/no/way: there is no such folder; give a training run's --output_dir",
         f"error: --port {port}: address already in use; name another, `make try PORT={port + 1}`",
     ]
     assert tool.find_port_problems(0) == ["--port 0: must be 1 to 65535"]
@@ -175,10 +174,10 @@ def test_a_model_that_does_not_load_ends_the_start_in_a_sentence_each(trained, t
     torn, bare = tear(trained, tmp_path / "torn"), tmp_path / "bare"
     shutil.copytree(trained, bare)
     (bare / "model.safetensors").unlink()
-    assert tool.main(["--model_name_or_path", str(trained), str(torn), str(bare), *CPU]) == 2
+    assert tool.main(["--model_dir", str(trained), str(torn), str(bare), *CPU]) == 2
     captured = capsys.readouterr()
     first, second = captured.err.splitlines()
-    assert first.startswith(f"error: --model_name_or_path {torn}: cannot be loaded: ")
+    assert first.startswith(f"error: --model_dir {torn}: cannot be loaded: ")
     assert second.endswith("the folder has no weights (*.safetensors); did the training end?")
     assert f"{trained}: T5ForConditionalGeneration, " in captured.out and "prefix 'summarize: '" in captured.out
 
@@ -207,7 +206,7 @@ def open_page(monkeypatch):
     testing = pytest.importorskip("streamlit.testing.v1")
 
     def open_it(*models):
-        monkeypatch.setattr(sys, "argv", ["try_page.py", "--model_name_or_path", *map(str, models), *CPU])
+        monkeypatch.setattr(sys, "argv", ["try_page.py", "--model_dir", *map(str, models), *CPU])
         page = testing.AppTest.from_file(str(tool.PAGE), default_timeout=60).run()
         assert not page.exception
         return page
@@ -285,7 +284,7 @@ def served(trained, chat, tmp_path_factory) -> str:
     """The page of two models as a user starts it: its address."""
     pytest.importorskip("streamlit")
     port, folder = find_free_port(), tmp_path_factory.mktemp("served")
-    words = [sys.executable, ROOT / "tools/try_model.py", "--model_name_or_path", trained, chat, "--port", port, *CPU]
+    words = [sys.executable, ROOT / "tools/try_model.py", "--model_dir", trained, chat, "--port", port, *CPU]
     with open(folder / "printed.txt", "w") as log:
         process = subprocess.Popen(
             [str(word) for word in words], env=make_environment(), stdout=log, stderr=subprocess.STDOUT

@@ -9,7 +9,7 @@
 
 One model, or several side by side, at http://127.0.0.1:8501, which only this machine reaches:
 
-    python tools/try_model.py --model_name_or_path out/t5-small out/t5-large --port 8501
+    python tools/try_model.py --model_dir out/t5-small out/t5-large --port 8501
 
 The models are loaded, prompted and decoded by run_generation.py's own functions: the page gives the texts that it
 would write. A model that does not load is named before the page is started. The page itself is tools/try_page.py.
@@ -49,7 +49,7 @@ def parse_args(argv=None):
     """Return the parsed command line; argparse itself ends the program with exit code 2 on an unknown flag."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add = parser.add_argument
-    add("--model_name_or_path", nargs="+", required=True, help="Folders with a tuned model, or names on the hub.")
+    add("--model_dir", nargs="+", required=True, help="Folders with a tuned model: a training run's --output_dir.")
     add("--port", type=int, default=8501, help=f"Port of the page on {HOST}.")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="As run_generation.py's.")
     add("--use_cpu", action="store_true", help="Use the CPU although there is an accelerator.")
@@ -61,9 +61,16 @@ def find_start_problems(args):
     problems = []
     if importlib.util.find_spec("streamlit") is None:
         problems.append("streamlit is not installed here: `pip install -r requirements-try.txt`")
-    for name in args.model_name_or_path:
-        problems += rg.guards.find_folder_problems("--model_name_or_path", name) if rg.guards else []
+    for name in args.model_dir:
+        problems += find_model_dir_problems(name)
     return problems + find_port_problems(args.port)
+
+
+def find_model_dir_problems(name):
+    """Return why a folder has no model; a name on the hub is none, so that a typing error is not looked for there."""
+    if not Path(name).is_dir():
+        return [f"--model_dir {name}: there is no such folder; give a training run's --output_dir"]
+    return rg.guards.find_folder_problems("--model_dir", name) if rg.guards else []
 
 
 def find_port_problems(port):
@@ -88,15 +95,17 @@ def load_once(name, dtype, use_cpu):
     """Return run_generation.py's Generator of a model, checked; UsageError says why there is none, and is not kept."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    if problems := find_model_dir_problems(name):
+        raise rg.UsageError("\n".join(problems))
     use_cpu = use_cpu or not rg.torch.accelerator.is_available()
     model_args = rg.GenerationModelArguments(name, dtype=dtype, use_cpu=use_cpu)
-    problems = rg.guards.find_folder_problems("--model_name_or_path", name) if rg.guards else []
-    if problems:
-        raise rg.UsageError("\n".join(problems))
-    limit = 8192 if use_cpu else 16384
-    generator = rg.load_generator(model_args, rg.GenerationDataArguments(max_tokens_per_batch=limit), {})
-    if rg.model_checks:
-        rg.model_checks.check_model(generator.model, generator.prompts.tokenizer, [], model_args)
+    data_args = rg.GenerationDataArguments(max_tokens_per_batch=8192 if use_cpu else 16384)
+    try:
+        generator = rg.load_generator(model_args, data_args, {})
+        if rg.model_checks:
+            rg.model_checks.check_model(generator.model, generator.prompts.tokenizer, [], model_args)
+    except rg.UsageError as error:
+        raise rg.UsageError(str(error).replace("--model_name_or_path", "--model_dir")) from None
     return generator
 
 
@@ -268,7 +277,7 @@ def make_csv(rows):
 def load_all(args):
     """Load the models, each described in a line; return the problems."""
     problems = []
-    for name in dict.fromkeys(args.model_name_or_path):
+    for name in dict.fromkeys(args.model_dir):
         try:
             print(f"{name}: {describe_model(load_once(name, args.dtype, args.use_cpu))}", flush=True)
         except rg.UsageError as error:

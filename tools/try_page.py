@@ -5,7 +5,7 @@
 # ///
 """The page that tools/try_model.py starts: Streamlit runs this file from top to bottom at every click.
 
-    python tools/try_model.py --model_name_or_path out/t5-small
+    python tools/try_model.py --model_dir out/t5-small
 
 What models write is shown as text, never as Markdown: a dollar sign is no formula, and no picture is fetched.
 """
@@ -32,7 +32,7 @@ def escape(text):
 def show_problems(error):
     """Show what is wrong, a sentence each; flags are called as the page calls them."""
     for line in str(error).split("\n"):
-        st.error(escape(line.removeprefix("--model_name_or_path ").replace("--", "")))
+        st.error(escape(line.removeprefix("--model_dir ").replace("--", "")))
 
 
 def show_answer(answer):
@@ -88,7 +88,7 @@ def offer_csv(rows, file_name):
 
 def choose_models(args):
     """Return {name: Generator} of the models to ask; one that does not load is named on the page."""
-    known = list(dict.fromkeys(args.model_name_or_path + st.session_state.setdefault("added", [])))
+    known = list(dict.fromkeys(args.model_dir + st.session_state.setdefault("added", [])))
     names = st.pills("Models", known, selection_mode="multi", default=known, key=f"models {len(known)}")
     with st.form("another", clear_on_submit=True, border=False):
         name = st.text_input("Another model folder", placeholder="out/t5-large").strip()
@@ -193,8 +193,9 @@ def try_chat(generators):
             st.button("New conversation", on_click=turns.clear)
 
 
-@st.cache_data(max_entries=2, show_spinner="Reading the table")
+@st.cache_data(max_entries=1, show_spinner="Reading the table", scope="session")
 def read_table_once(name, data):
+    """Return try_model.read_upload(name, data), read once while the page is open."""
     return try_model.read_upload(name, data)
 
 
