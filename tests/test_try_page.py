@@ -4,6 +4,7 @@
 import csv
 import dataclasses
 import io
+import json
 import os
 import shutil
 import signal
@@ -37,6 +38,8 @@ def chat(tmp_path_factory, place) -> Path:
 def make_chat_model(folder: Path, model: Path) -> None:
     shutil.copytree(model, folder, dirs_exist_ok=True)
     shutil.copy(ROOT / "prompt_templates/chatml.jinja", folder / "chat_template.jinja")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 8192}))
 
 
 def load(folder: Path, **decoding):
@@ -335,15 +338,26 @@ class Browser:
         return value
 
     def read(self) -> str:
-        return self.driver.find_element("tag name", "body").text
+        return self.driver.execute_script("return document.body.innerText")
 
-    def find(self, css: str, text: str | None = None):
-        return self.wait(
-            lambda: [e for e in self.driver.find_elements("css selector", css) if text in (None, e.text.strip())]
-        )[0]
+    def type(self, css: str, text: str) -> None:
+        """Write into a field, looked for again where the page replaced it meanwhile."""
+        from selenium.common.exceptions import StaleElementReferenceException
+
+        def attempt():
+            try:
+                return [field.send_keys(text) for field in self.driver.find_elements("css selector", css)[:1]]
+            except StaleElementReferenceException:
+                return []
+
+        self.wait(attempt)
 
     def click(self, text: str) -> None:
-        self.driver.execute_script("arguments[0].click()", self.find("button", text))
+        find = "const found = [...document.querySelectorAll('button')].find(b => b.innerText.trim() === arguments[0]);"
+        self.wait(lambda: self.driver.execute_script(f"{find} found?.click(); return !!found", text))
+
+    def ask(self, question: str) -> None:
+        self.type('textarea[data-testid="stChatInputTextArea"]', f"{question}\n")
 
     def download(self) -> list[dict]:
         self.click("Download CSV")
@@ -354,7 +368,7 @@ class Browser:
 @pytest.mark.try_page
 def test_in_a_browser_a_text_is_answered_and_downloaded_light_and_dark(served, browser, trained, chat):
     browser.driver.get(served)
-    browser.find("textarea[aria-label=Text]").send_keys("The strap is weak. It costs $5 and *more* $6.")
+    browser.type("textarea[aria-label=Text]", "The strap is weak. It costs $5 and *more* $6.")
     browser.click("Generate")
     rows = browser.download()
     assert [row["model"] for row in rows] == [str(trained), str(chat)]
@@ -362,7 +376,7 @@ def test_in_a_browser_a_text_is_answered_and_downloaded_light_and_dark(served, b
     assert rows[0]["text"] == prompt
     assert rows[0]["prediction"] == tool.answer_one(load(trained), prompt, str).text
     assert rows[0]["prediction"] in browser.read() and "Prompt and settings" in browser.read()
-    color = browser.find('[data-testid="stApp"]').value_of_css_property("background-color")
+    color = browser.driver.execute_script("return getComputedStyle(document.querySelector('.stApp')).backgroundColor")
     red = int(color.split("(")[1].split(",")[0])
     assert red < 60 if browser.scheme == "dark" else red > 200
     assert not [entry for entry in browser.driver.get_log("browser") if entry["level"] == "SEVERE"]
@@ -375,15 +389,31 @@ def test_in_a_browser_a_table_gets_a_column_of_each_model_and_a_torn_model_a_sen
     table = write_csv(tmp_path / "in.CSV", make_rows(5, 6)).rename(tmp_path / "IN.CSV")  # as Windows has them
     browser.driver.get(served)
     browser.click("Table")
-    browser.find("input[type=file]").send_keys(str(table))
+    browser.type("input[type=file]", str(table))
     browser.click("Generate")
     rows = browser.download()
     assert [row["review_body"] for row in rows] == [body for body, _, _ in make_rows(5, 6)]
     expected, _ = tool.answer_column(load(trained), {"t": [row["review_body"] for row in rows]}, "t", str)
     assert [row[f"prediction by {trained}"] for row in rows] == expected and f"prediction by {chat}" in rows[0]
-    browser.find('input[aria-label="Another model folder"]').send_keys(str(tear(trained, tmp_path / "torn")))
+    browser.type('input[aria-label="Another model folder"]', str(tear(trained, tmp_path / "torn")))
     browser.click("Add")
     browser.wait(lambda: "cannot be loaded" in browser.read())
+
+
+@pytest.mark.try_page
+def test_in_a_browser_an_answer_grows_until_it_is_stopped_and_the_chat_goes_on(served, browser, trained):
+    browser.driver.get(served)
+    browser.click(str(trained))  # the chat model remains
+    browser.type("input[aria-label=max_new_tokens]", "6000\n")
+    browser.ask("How do I clean a lens?")
+    seen = set()
+    browser.wait(lambda: ("Stop" in (text := browser.read()) and seen.add(text)) or len(seen) > 5)
+    browser.click("Stop")
+    browser.wait(lambda: "no answer" in browser.read() and "New conversation" in browser.read())
+    browser.type("input[aria-label=max_new_tokens]", "\b\b\n")  # 60
+    browser.ask("And a strap?")
+    browser.wait(lambda: "tokens in" in browser.read())
+    assert "How do I clean a lens?" in browser.read()
 
 
 @pytest.mark.try_page

@@ -155,15 +155,20 @@ class Answer:
 
 
 class ShowingStreamer(TextStreamer):
-    """Calls show(text so far) with every finished word; what show() raises, as Streamlit does, ends generate()."""
+    """Calls show(finished words) at every token; what show() raises, as Streamlit does to stop, ends generate()."""
 
     def __init__(self, tokenizer, show):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.show, self.text = show, ""
 
+    def put(self, value):
+        super().put(value)
+        self.show(self.text.strip())
+
     def on_finalized_text(self, text, stream_end=False):
         self.text += text
-        self.show(self.text.strip())
+        if stream_end:
+            self.show(self.text.strip())
 
 
 def answer_one(generator, text, show):

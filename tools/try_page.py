@@ -10,6 +10,7 @@
 What models write is shown as text, never as Markdown: a dollar sign is no formula, and no picture is fetched.
 """
 
+import contextlib
 import functools
 import re
 import sys
@@ -46,6 +47,8 @@ def show_answer(answer):
 
 def show_answers(answers):
     """Show {model: Answer} side by side."""
+    if not answers:
+        st.caption("no answer")
     for column, (name, answer) in zip(st.columns(max(len(answers), 1)), answers.items(), strict=False):
         with column:
             st.markdown(f"**{escape(name)}**")
@@ -53,22 +56,30 @@ def show_answers(answers):
             show_answer(answer)
 
 
-def generate_answers(generators, prompts):
-    """Return {model: Answer}, shown side by side while they are written; a model that cannot answer is left out."""
-    answers = {}
-    for column, (name, generator) in zip(st.columns(len(generators)), generators.items(), strict=True):
-        with column:
-            st.markdown(f"**{escape(name)}**")
-            place = st.empty()
-            place.caption("…")
-            try:
-                answers[name] = try_model.answer_one(generator, prompts[name], place.text)
-            except try_model.rg.UsageError as error:
-                show_problems(error)
-                continue
-            place.text(answers[name].text)
-            show_answer(answers[name])
-    return answers
+@contextlib.contextmanager
+def stoppable():
+    """Show a button while models are at work; that it is pressed is enough: a click ends what Streamlit runs."""
+    place = st.empty()
+    place.button("Stop")
+    yield
+    place.empty()
+
+
+def generate_answers(generators, prompts, answers):
+    """Fill {model: Answer}, shown side by side while they are written; a model that cannot answer is left out."""
+    with stoppable():
+        for column, (name, generator) in zip(st.columns(len(generators)), generators.items(), strict=True):
+            with column:
+                st.markdown(f"**{escape(name)}**")
+                place = st.empty()
+                place.caption("…")
+                try:
+                    answers[name] = try_model.answer_one(generator, prompts[name], place.text)
+                except try_model.rg.UsageError as error:
+                    show_problems(error)
+                    continue
+                place.text(answers[name].text)
+                show_answer(answers[name])
 
 
 def list_answer(name, answer, **asked):
@@ -79,7 +90,8 @@ def list_answer(name, answer, **asked):
 
 def offer_csv(rows, file_name):
     """Offer rows as a file."""
-    st.download_button("Download CSV", try_model.make_csv(rows), file_name, "text/csv", on_click="ignore")
+    if rows:
+        st.download_button("Download CSV", try_model.make_csv(rows), file_name, "text/csv", on_click="ignore")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -159,8 +171,8 @@ def try_text(generators):
     if asked and text.strip():
         read = try_model.rg.read_prompt
         prompts = {name: read({"text": text}, "text", g.prompts.is_chat) for name, g in generators.items()}
-        answers = generate_answers(generators, prompts)
-        st.session_state.answered = text, answers
+        st.session_state.answered = text, (answers := {})
+        generate_answers(generators, prompts, answers)
     elif asked:
         st.info("Give a text first.")
     elif answers:
@@ -183,8 +195,8 @@ def try_chat(generators):
         st.chat_message("user").text(question)
         turn = {"question": question, "context": context, "answers": {}}
         prompts = {name: try_model.make_chat([*turns, turn], name, system) for name in generators}
-        turn["answers"] = generate_answers(generators, prompts)
-        turns.append(turn)
+        turns.append(turn)  # with the question alone, if it is stopped
+        generate_answers(generators, prompts, turn["answers"])
     if turns:
         numbered = [(i, turn, *pair) for i, turn in enumerate(turns, 1) for pair in turn["answers"].items()]
         rows = [list_answer(n, a, turn=i, question=t["question"], context=t["context"]) for i, t, n, a in numbered]
@@ -226,15 +238,16 @@ def try_table(generators):
 def generate_columns(generators, table, column):
     """Return (the table with a column for each model, the names of those, a note on each)."""
     filled, notes, total = dict(table), {}, len(table[column])
-    for name, generator in generators.items():
-        show = functools.partial(show_progress, bar := st.empty(), name, total)
-        show(0)
-        try:
-            texts, note = try_model.answer_column(generator, table, column, show)
-            filled[f"prediction by {name}"], notes[f"prediction by {name}"] = texts, note
-        except try_model.rg.UsageError as error:
-            show_problems(f"{name}: {error}")
-        bar.empty()
+    with stoppable():
+        for name, generator in generators.items():
+            show = functools.partial(show_progress, bar := st.empty(), name, total)
+            show(0)
+            try:
+                texts, note = try_model.answer_column(generator, table, column, show)
+                filled[f"prediction by {name}"], notes[f"prediction by {name}"] = texts, note
+            except try_model.rg.UsageError as error:
+                show_problems(f"{name}: {error}")
+            bar.empty()
     return filled, notes
 
 
