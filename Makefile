@@ -21,10 +21,11 @@ INSTRUCTIONS ?= databricks-dolly-15k.jsonl
 INSTRUCT_DATA ?= data/instruct
 
 .PHONY: demo demo-instruct demo-real
-.PHONY: test test-slow test-real test-gpu test-launchers test-versions hooks chaos damages lost-ranks bad-inputs quality style fix-copies clean
+.PHONY: test test-slow test-real test-gpu test-launchers test-try test-versions chaos damages lost-ranks bad-inputs
+.PHONY: hooks quality style fix-copies clean
 .PHONY: prep-reviews prep-instruct
 .PHONY: train-t5-small train-t5-large train-t5-11b train-llama2-7b train-llama3-8b
-.PHONY: generate summarize-products serve
+.PHONY: generate summarize-products serve try
 .PHONY: copy
 .PHONY: bench-training bench-instruct bench-generation bench-start-up bench-adafactor bench-gpu
 
@@ -59,6 +60,10 @@ $(VENV)/.launchers: $(VENV)/.dev requirements-launchers.txt
 	$(BIN)/python -m pip install -q -r requirements-launchers.txt
 	touch $@
 
+$(VENV)/.try: $(VENV)/.core requirements-try.txt
+	$(BIN)/python -m pip install -q -r requirements-try.txt
+	touch $@
+
 # ------------------------------------------------------------------------------------------------ tests and style
 
 test: $(VENV)/.dev
@@ -86,6 +91,10 @@ lost-ranks: $(VENV)/.launchers
 # Every file that a training leaves damaged in four ways, one at a time, and the training started again.
 damages: $(VENV)/.dev
 	$(BIN)/python tests/damages.py $(EXTRA)
+
+# The page of `make try`, with Streamlit and in a real browser (Debian: chromium and chromium-driver).
+test-try: $(VENV)/.dev $(VENV)/.try
+	$(BIN)/python -m pytest -q -m try_page
 
 # Real Spark, real Ray, real MLflow with its server, two hosts in network namespaces.
 test-launchers: $(VENV)/.launchers
@@ -193,6 +202,11 @@ serve: $(VENV)/.launchers
 	$(if $(MODEL),MLFLOW_TRACKING_URI=$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db} $(BIN)/python launchers/mlflow_model.py --model_dir $(MODEL) --registered_model_name $(SERVED) --port $(PORT))
 	MLFLOW_TRACKING_URI=$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db} $(WITH_VENV) \
 		mlflow models serve --env-manager local -h 127.0.0.1 -p $(PORT) -m models:/$(SERVED)/latest
+
+# A page in the browser for MODEL="out/t5-small out/t5-large": texts, chats, tables; PORT, if not 8501.
+try: PORT = 8501
+try: $(VENV)/.try
+	$(BIN)/python tools/try_model.py --model_dir $(or $(MODEL),$(OUT)/t5-small) --port $(PORT) $(EXTRA)
 
 # ------------------------------------------------------------------------------------------------ copying
 

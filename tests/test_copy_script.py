@@ -37,6 +37,7 @@ def list_files(folder: Path) -> list[str]:
         ("run_generation.py", GENERATION),
         ("check_run.py", ["check_run_page.html.jinja", "check_run_shim.py"]),
         ("guards.py", OF_GUARDS),
+        ("tools/try_model.py", ["run_generation.py", "tools/try_page.py", *GENERATION]),
         ("tools/merge_lora.py", ["data_prep/whole_files.py"]),
         ("tools/plan_run.py", ["data_prep/whole_files.py", "tools/init_model.py", "zero_adafactor.py"]),
     ],

@@ -25,7 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 OFFLOADED = {"offload_optimizer": "optimizer", "offload_param": "weights"}  # a DeepSpeed file's keys
 # What files of this repository use beside their imports: programs that they start, templates that they read.
-STARTED = {"lora.py": ["tools/merge_lora.py"]}
+STARTED = {"lora.py": ["tools/merge_lora.py"], "tools/try_model.py": ["tools/try_page.py"]}
 ALSO_READ = {"run_clm_instruct.py": sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("prompt_templates/*.jinja"))}
 ALSO_READ |= {"check_run.py": ["check_run_page.html.jinja"]}
 
