@@ -672,13 +672,15 @@ def decode(ids: np.ndarray, tokenizer) -> list[str]:
     return [text.strip() for text in texts]
 
 
-def compute_metrics(output, tokenizer, language: str) -> dict[str, float]:
-    """ROUGE and the mean generated length for the trainer, computed on the first rank alone."""
+def compute_metrics(output, tokenizer, model, language: str) -> dict[str, float]:
+    """ROUGE, mean length and share of the texts that ended by themselves, computed on the first rank alone."""
     metrics = [None]
     if int(os.environ.get("RANK", 0)) == 0:
         ids = np.where(output.predictions == -100, tokenizer.pad_token_id, output.predictions)
         metrics[0] = compute_rouge(decode(ids, tokenizer), decode(output.label_ids, tokenizer), language)
         metrics[0]["gen_len"] = float(np.mean((ids != tokenizer.pad_token_id).sum(axis=1)))
+        last = model.generation_config.forced_eos_token_id and model.generation_config.max_length - 1  # BART's
+        metrics[0]["stopped"] = float(np.mean((ids[:, 1:last] == tokenizer.eos_token_id).any(axis=1)))
     if torch.distributed.is_initialized():
         torch.distributed.broadcast_object_list(metrics, src=0)
     return metrics[0]
@@ -755,7 +757,7 @@ def main(argv: list[str] | None = None) -> dict:
     train_collator, callbacks, loss = choose_batches(model, train_rows, collator, data_args, training_args)
     show = reports and training_args.do_train and "validation" in splits and training_args.predict_with_generate
     callbacks += [reports.show_summaries(*splits["validation"], collator, target_tokenizer)] if show else []
-    metrics = partial(compute_metrics, tokenizer=target_tokenizer, language=data_args.rouge_language)
+    metrics = partial(compute_metrics, tokenizer=target_tokenizer, model=model, language=data_args.rouge_language)
     trainer = SummarizationTrainer(
         model=model,
         args=training_args,
