@@ -6,14 +6,13 @@
 """
 What a run leaves to read: curves, a model card, and last lines with scores, places and commands.
 
-Optional beside guards.py, which calls write, and describe when all is written.
+Optional beside guards.py, which calls write, and describe_end when all is written.
 """
 
 import json
 import os
 import shlex
 import sys
-from contextlib import suppress
 from pathlib import Path
 
 from model_card import make_command, read_results, write_card
@@ -43,7 +42,7 @@ def write(trainer, task: str, model_args, data_args) -> None:
 # ------------------------------------------------------------------------------------------------ the last lines
 
 
-def describe(trainer, task: str, data_args) -> str:
+def describe_end(trainer, task: str, data_args) -> str:
     """How many texts ended, their scores beside others', where all lies, and commands to go on with."""
     folder, results = Path(trainer.args.output_dir), read_results(trainer)
     part = "predict" if data_args.test_file and "predict_loss" in results else "eval"
@@ -76,9 +75,7 @@ def describe_texts(folder: Path, results: dict, part: str, history: list, task: 
         flag = "--max_new_tokens" if task == "text-generation" else "--val_max_target_length"
         said += f" (many: raise {flag}, or train longer)"
     beside = {"": {k: results.get(f"{part}_{k}") for k in ("rouge1", "rouge2", "rougeL")}}
-    reports = None
-    with suppress(ModuleNotFoundError):  # here: it imports guards.py, which imports this
-        import reports
+    reports = sys.modules.get("reports")  # the script's, if it lies beside it
     if task == "summarization" and reports:
         count = max(1, round(sum(len(row["reference"].split()) for row in rows) / len(rows)))
         leads = [" ".join(row["source"].split()[:count]) for row in rows]

@@ -7,7 +7,7 @@
 What a run says while it is at work: a line a logged step, each warning once, the libraries' rest in run.log.
 
 Optional beside guards.py, which calls it. In the order in which a run meets them: set_log_defaults, quiet_libraries,
-follow. What is left out of the console is kept in memory until there is an output folder to write run.log into.
+show_steps. What is left out of the console is kept in memory until there is an output folder to write run.log into.
 """
 
 import datetime
@@ -54,7 +54,7 @@ class Console(logging.StreamHandler):
 
 
 def set_log_defaults(parser) -> None:
-    """Where --logging_steps is not given: a share of the run, which follow() makes ten steps at most."""
+    """Where --logging_steps is not given: a share of the run, which show_steps() makes ten steps at most."""
     if "--logging_steps" in parser._option_string_actions:
         parser.set_defaults(logging_steps=OWN_STEPS)
 
@@ -93,7 +93,7 @@ def open_log(folder: Path) -> None:
         held.capacity = 1
 
 
-def follow(trainer) -> TrainerCallback:
+def show_steps(trainer) -> TrainerCallback:
     """Open the log, silence the trainer's own lines; returns the callback that prints ours."""
     open_log(Path(trainer.args.output_dir))
     bars = sys.stderr.isatty() and not trainer.args.disable_tqdm

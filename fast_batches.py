@@ -70,8 +70,7 @@ class HeadLoss(torch.autograd.Function):
             piece, target = piece.to(dtype), target[:, None]
             logits = (piece @ matrix.T).float()
             norm = logits.logsumexp(dim=1, keepdim=True)
-            said = logits.gather(1, target)
-            total += norm.sum() - (1 - label_smoothing) * said.sum()
+            total += norm.sum() - (1 - label_smoothing) * (said := logits.gather(1, target)).sum()
             right += (said == logits.amax(dim=1, keepdim=True)).sum()
             total -= label_smoothing * logits.mean(dim=1).sum() if label_smoothing else 0
             grad_logits = logits.sub_(norm).exp_().sub_(label_smoothing / count)
@@ -325,9 +324,8 @@ def pack_seq2seq(model, rows, collator) -> tuple:
     packing_collator = PackingCollator(collator)
     chosen = [{k: ids[:64] for k, ids in row.items()} for row in (rows[i] for i in range(min(2, len(rows))))]
     story = "a batch's rows stand end to end (--packing false pads them)"
-    return packing_collator, [
-        PackingCheck(story, chosen, lambda rows: packing_collator.pack(rows, [[0, 1]]), collator)
-    ]
+    check = PackingCheck(story, chosen, lambda rows: packing_collator.pack(rows, [[0, 1]]), collator)
+    return packing_collator, [check]
 
 
 # ------------------------------------------------------------------------------ causal models: the data set packed

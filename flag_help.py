@@ -52,18 +52,18 @@ def answer_help(script: str, argv: list[str]) -> None:
 
 def write_help(script: str, whole: bool = False) -> str:
     """What a script is for and its flags by groups, its own first; each flag once."""
-    groups, width = find_groups(script), shutil.get_terminal_size((119, 0)).columns
+    groups, width = read_groups(script), shutil.get_terminal_size((119, 0)).columns
     doc = ast.get_docstring(ast.parse(Path(script).read_text(encoding="utf-8")))
     lines, seen = [doc.split("\n")[0], "", f"python {Path(script).name} [ARGUMENTS.json] --flag value ..."], set()
     for title, flags, is_own in groups:
         shown = [flag for flag in flags if (whole or is_own or flag.name in COMMON) and flag.name not in seen]
         seen |= {flag.name for flag in shown}
-        lines += ["", title, *(line for flag in shown for line in describe(flag, width, whole))] if shown else []
+        lines += ["", title, *(line for flag in shown for line in describe_flag(flag, width, whole))] if shown else []
     rest = sum(flag.name not in seen for _, flags, _ in groups for flag in flags)
     return "\n".join([*lines, "", f"--help_all has {rest} more flags, and all in full."] if not whole else lines)
 
 
-def describe(flag: Flag, width: int, whole: bool) -> list[str]:
+def describe_flag(flag: Flag, width: int, whole: bool) -> list[str]:
     """A flag in one line as wide as the terminal, or with all that its help says."""
     head = f"  --{flag.name} {flag.kind}".ljust(36)
     default = f" (default: {flag.default})" if flag.default and "efault" not in flag.help else ""
@@ -77,7 +77,7 @@ def describe(flag: Flag, width: int, whole: bool) -> list[str]:
 # ------------------------------------------------------------------------------------------------ read from source
 
 
-def find_groups(script: str) -> list[tuple[str, list[Flag], bool]]:
+def read_groups(script: str) -> list[tuple[str, list[Flag], bool]]:
     """(title, flags, whether they are the script's own) of each dataclass and of the library's that it takes."""
     text = Path(script).read_text(encoding="utf-8")
     library = Path(importlib.util.find_spec("transformers").origin).parent
@@ -145,4 +145,4 @@ def read_generation(source: str, script: str) -> list[Flag]:
 
 def list_flags(script: str) -> set[str]:
     """The names of all flags of a script, with two dashes."""
-    return {f"--{flag.name}" for _, flags, _ in find_groups(script) for flag in flags}
+    return {f"--{flag.name}" for _, flags, _ in read_groups(script) for flag in flags}

@@ -497,7 +497,7 @@ def start_tracking(trainer, *arguments) -> None:
     own = [WholeRunLoss(), FiniteRun(trainer)]
     if checkpoints:
         own.append(checkpoints.RunFolder(trainer, arguments))
-    own += [console.follow(trainer)] if console else []
+    own += [console.show_steps(trainer)] if console else []
     if portable_checkpoints:
         portable_checkpoints.follow(trainer, UsageError)
     trainer.callback_handler.callbacks[1:1] = own  # after the one that decides what is due, before those that print
@@ -565,7 +565,7 @@ def write_reports(trainer, task: str, model_args, data_args) -> None:
     if checkpoints:
         checkpoints.finish(folder)
     if closing:
-        print(closing.describe(trainer, task, data_args), flush=True)
+        print(closing.describe_end(trainer, task, data_args), flush=True)
 
 
 # ------------------------------------------------------------------------------------------------ exit

@@ -20,7 +20,7 @@ import torch
 import transformers
 from huggingface_hub import EvalResult, ModelCardData
 
-METRICS = {  # of all_results.json, as a hub's card has them
+CARD_METRICS = {  # of all_results.json, as a hub's card has them
     "rouge1": ("rouge", "ROUGE-1"),
     "rouge2": ("rouge", "ROUGE-2"),
     "rougeL": ("rouge", "ROUGE-L"),
@@ -38,7 +38,7 @@ def write_card(trainer, task: str, model_args, data_args) -> str:
     """A model card: what it was made of, scores, the curves' picture, the command, settings, versions."""
     base, folder, results = model_args.model_name_or_path, Path(trainer.args.output_dir), read_results(trainer)
     data = name_data(data_args)
-    scores = {k: results[f"{p}_{k}"] for p in ("eval", "predict") for k in METRICS if f"{p}_{k}" in results}
+    scores = {k: results[f"{p}_{k}"] for p in ("eval", "predict") for k in CARD_METRICS if f"{p}_{k}" in results}
     entries = [
         EvalResult(
             task_type=task,
@@ -48,7 +48,7 @@ def write_card(trainer, task: str, model_args, data_args) -> str:
             metric_name=title,
             metric_value=round(scores[key], 4),
         )  # fmt: skip
-        for key, (kind, title) in METRICS.items()
+        for key, (kind, title) in CARD_METRICS.items()
         if key in scores
     ]
     name = folder.resolve().name
@@ -64,7 +64,7 @@ def write_card(trainer, task: str, model_args, data_args) -> str:
     trained_on = data_args.dataset_name or Path(data_args.train_file).name
     settings = [f"{k}: {getattr(v, 'value', v)}" for k in SHOWN.split() for v in [getattr(trainer.args, k)]]
     curves = "![Training curves](training_curves.png)\n\n" if (folder / "training_curves.png").exists() else ""
-    scored = "".join(f"| {METRICS[key][1]} | {scores[key]:.4f} |\n" for key in METRICS if key in scores)
+    scored = "".join(f"| {CARD_METRICS[key][1]} | {scores[key]:.4f} |\n" for key in CARD_METRICS if key in scores)
     table = f"## Scores on {data}\n\n| metric | value |\n|---|---|\n{scored}\n" if scored else ""
     versions = f"transformers {transformers.__version__}, torch {torch.__version__}"
     return (
@@ -76,7 +76,7 @@ def write_card(trainer, task: str, model_args, data_args) -> str:
 
 def is_hub_name(name: str | None) -> bool:
     """Whether it may be a hub's address: a name, or an owner and a name, and nothing here is called so."""
-    return name is not None and not Path(name).exists() and bool(re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name))
+    return name is not None and not Path(name).exists() and bool(re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name))
 
 
 def name_data(data_args) -> str:

@@ -72,9 +72,8 @@ def audit(splits: dict, tokenizer, writes_bos: bool, skip: bool = False, only: b
         oddities = [f"audit: {line}" for line in oddities]
         story = "\n".join([format_audit(counts), *shown, *oddities, *(f"audit: {line}" for line in problems)])
         logger.info(story)
-        print(
-            story if only or problems else "\n".join([*outline(counts), *list_overlap(counts), *oddities]), flush=True
-        )
+        short = "\n".join([*outline(counts), *list_overlap(counts), *oddities])
+        print(story if only or problems else short, flush=True)
     if problems and (unusable or not (skip or only)):
         raise UsageError("\n".join(problems if unusable else [*problems, "--skip_audit trains all the same"]))
     return counts
@@ -192,9 +191,7 @@ def describe_run(model, training_args, optimizer: str, checkpoint: str | None) -
     scheduler = f"{training_args.lr_scheduler_type.value}, --warmup_steps {training_args.warmup_steps:g}"
     # What a DeepSpeed file has of its own rules.
     blocks = getattr(getattr(training_args, "hf_deepspeed_config", None), "config", {})
-    own = {
-        name: f"{blocks[name]['type']} of the DeepSpeed file" for name in ("optimizer", "scheduler") if name in blocks
-    }
+    own = {k: f"{blocks[k]['type']} of the DeepSpeed file" for k in ("optimizer", "scheduler") if k in blocks}
     optimizer = f"optimizer: {own['optimizer']}" if "optimizer" in own else optimizer
     precision = "bf16 autocast (--bf16 false for fp32)" if training_args.bf16 else dtype
     lines = [

@@ -133,7 +133,7 @@ def test_no_script_imports_another_and_no_companion_a_script(path):
         "console.py": {"step_figures"},
         "flag_checks.py": {"flag_help"},
     }
-    allowed |= (theirs | {"closing.py": {"model_card", "reports"}}).get(path.name, set())
+    allowed |= (theirs | {"closing.py": {"model_card"}}).get(path.name, set())
     assert find_imports(path) & local <= allowed - {path.stem}
 
 
