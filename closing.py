@@ -82,7 +82,7 @@ def describe_texts(folder: Path, results: dict, part: str, history: list, task: 
         scores = reports.compute_rouge(leads, [row["reference"] for row in rows], data_args.rouge_language)
         beside[f"; of the source's first {count} words "] = scores
     before = next((entry for entry in history if entry["step"] == 0 and "eval_rouge1" in entry), None)
-    if before and part == "eval":
+    if before and part == "eval" and history[-1]["step"] > 0:
         beside["; before training "] = {k: before[f"eval_{k}"] for k in ("rouge1", "rouge2", "rougeL")}
     figures = (f"{title}{s['rouge1']:.1f}/{s['rouge2']:.1f}/{s['rougeL']:.1f}" for title, s in beside.items())
     return f"{said}; ROUGE-1/2/L {''.join(figures)}"

@@ -32,8 +32,10 @@ OWN_STEPS = 1 / LEAST_LINES  # the default that says so: a share of the run, as 
 
 # Whose warnings a user can act on; of all others the console shows errors only. DeepSpeed's are said by flags' checks.
 HEARD = ("transformers", "datasets", "accelerate", "peft")
-# Of those heard, what is no news: special tokens that the run itself lines up, weights that are tied.
-NOISE = re.compile("seem corrupted|new PAD/BOS/EOS tokens|missing keys in the checkpoint|tied weights mapping")
+# Of those heard, what is no news: special tokens that the run itself lines up, weights that are tied, and how often a
+# checkpoint's run logged; what differs and matters is checkpoints.py's to say.
+NOISE = "seem corrupted|new PAD/BOS/EOS tokens|missing keys in the checkpoint|tied weights mapping"
+NOISE = re.compile(NOISE + "|do not match the ones in the `trainer_state")
 
 held = logging.handlers.MemoryHandler(100_000, flushLevel=logging.CRITICAL + 1)
 
@@ -190,6 +192,6 @@ class RunLines(TrainerCallback):
             took = datetime.timedelta(seconds=round(logs["train_runtime"]))
             return f"trained to step {state.global_step} in {took}: mean loss {logs['train_loss']:.4f}"
         scores = {k: v for k, v in logs.items() if isinstance(v, (int, float)) and not k.endswith("_per_second")}
-        names = [k for k in scores if "_" in k and not k.endswith("runtime")]
+        names = [k for k in scores if "_" in k and not k.endswith(("runtime", "preparation_time"))]
         said = ", ".join(f"{k.split('_', 1)[1]} {scores[k]:.4g}" for k in names)
         return f"{names[0].split('_')[0]} at step {state.global_step}: {said}" if names else ""

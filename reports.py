@@ -218,7 +218,7 @@ class SampleCallback(TrainerCallback):
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
         for row, before, after in zip(self.rows, self.before, self.generate(model, args), strict=True):
-            said = {"reference": row["reference"], "before training": before, "after": after}
+            said = {"reference": row["reference"], "before": before, "after": after}
             logger.info("\n".join(f"{name}: {text}" for name, text in ({"source": row["source"]} | said).items()))
             if args.process_index == 0:
                 print("sample: " + "; ".join(f"{k} {shorten(text, 50)!r}" for k, text in said.items()), flush=True)

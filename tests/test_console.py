@@ -56,7 +56,7 @@ def test_what_says_nothing_to_a_user_is_in_the_log_and_not_on_the_console(two_ra
     log = (folder / "out/run.log").read_text()
     assert "`gradient_checkpointing` is deprecated" in log and "deprecated" not in printed
     assert "rank 0" in log and "rank 1" in log
-    assert log.count("before training: ") == 6 and "source: " in log  # three samples whole, of each rank
+    assert log.count("before: ") == 6 and "source: " in log  # three samples whole, of each rank
 
 
 def test_the_last_lines_name_what_lies_there_and_the_scores_beside_those_of_the_leads(two_ranks):
