@@ -115,7 +115,7 @@ class RunLines(TrainerCallback):
     def __init__(self, trainer):
         self.trainer, self.stock = trainer, trainer.compute_loss
         self.causal = not trainer.model.config.is_encoder_decoder
-        self.sums, self.seconds, self.mark, self.began = None, 0.0, 0.0, (0.0, 0)
+        self.sums, self.seconds, self.mark, self.worked, self.first = None, 0.0, 0.0, 0.0, 0
         trainer.compute_loss = self.count
 
     def count(self, model, inputs, return_outputs=False, **kwargs):
@@ -144,10 +144,11 @@ class RunLines(TrainerCallback):
         self.sums = torch.zeros(4, dtype=torch.long, device=args.device)
         half = args.bf16 or args.fp16 or model.dtype != torch.float32
         self.flop, self.peak = count_flop(model), find_peak(args.device, torch.bfloat16 if half else torch.float32)
-        self.mark, self.began = time.perf_counter(), (time.perf_counter(), state.global_step)
+        self.mark, self.worked, self.first = time.perf_counter(), 0.0, state.global_step
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.seconds, self.mark = self.seconds + time.perf_counter() - self.mark, time.perf_counter()
+        took, self.mark = time.perf_counter() - self.mark, time.perf_counter()
+        self.seconds, self.worked = self.seconds + took, self.worked + took
 
     def on_evaluate(self, args, state, control, **kwargs):
         self.mark = time.perf_counter()  # neither evaluation nor saving is training
@@ -178,8 +179,7 @@ class RunLines(TrainerCallback):
     def describe(self, args, state, logs: dict) -> str:
         """The line of what was logged."""
         if "loss" in logs:
-            began, first = self.began
-            pace = (time.perf_counter() - began) / max(state.global_step - first, 1)
+            pace = self.worked / max(state.global_step - self.first, 1)
             left = datetime.timedelta(seconds=round(pace * (state.max_steps - state.global_step)))
             accuracy = f"  accuracy {logs['token_accuracy']:.1%}" if "token_accuracy" in logs else ""
             rate = f"  lr {logs['learning_rate']:.2e}" if "learning_rate" in logs else ""

@@ -340,9 +340,7 @@ def compute_rouge(predictions: list[str], references: list[str], language: str) 
     names = ["rouge1", "rouge2", "rougeL", "rougeLsum"]
     unseen = sum(any(map(str.isalpha, text)) and not re.search("[a-zA-Z0-9]", text) for text in references)
     if language == "en" and unseen:
-        print(
-            f"ROUGE: --rouge_language en sees no word in {unseen} of {len(references)} references; give another code"
-        )
+        print(f"ROUGE: --rouge_language en sees no word in {unseen} of {len(references)} references; give another")
     scorer = RougeScorer(names, **({"use_stemmer": True} if language == "en" else {"tokenizer": UnicodeTokenizer()}))
     pairs = zip(map(split_sentences, references), map(split_sentences, predictions), strict=True)
     scores = [scorer.score(*pair) for pair in pairs]

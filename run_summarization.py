@@ -322,7 +322,8 @@ def load_model(model_args, data_args, training_args):
     how = {"config": config, "dtype": torch.bfloat16 if model_args.pure_bf16 else torch.float32}
     model = fetch(transformers.AutoModelForSeq2SeqLM, model_args, **how)
     if target_tokenizer is tokenizer and len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        print(f"the tokenizer has more tokens than the model: the embeddings grow to {len(tokenizer)}", flush=True)
+        if training_args.process_index == 0:
+            print(f"the tokenizer has more tokens than the model: embeddings grow to {len(tokenizer)}", flush=True)
         model.resize_token_embeddings(len(tokenizer))
     # Gemma's pads on the left, which would set a target apart from its start, and count positions from elsewhere.
     tokenizer.padding_side = target_tokenizer.padding_side = "right"
@@ -657,9 +658,7 @@ def compute_rouge(predictions: list[str], references: list[str], language: str) 
     names = ["rouge1", "rouge2", "rougeL", "rougeLsum"]
     unseen = sum(any(map(str.isalpha, text)) and not re.search("[a-zA-Z0-9]", text) for text in references)
     if language == "en" and unseen:
-        print(
-            f"ROUGE: --rouge_language en sees no word in {unseen} of {len(references)} references; give another code"
-        )
+        print(f"ROUGE: --rouge_language en sees no word in {unseen} of {len(references)} references; give another")
     scorer = RougeScorer(names, **({"use_stemmer": True} if language == "en" else {"tokenizer": UnicodeTokenizer()}))
     pairs = zip(map(split_sentences, references), map(split_sentences, predictions), strict=True)
     scores = [scorer.score(*pair) for pair in pairs]
