@@ -42,7 +42,7 @@ def write(trainer, task: str, model_args, data_args) -> None:
 # ------------------------------------------------------------------------------------------------ the last lines
 
 
-def describe_end(trainer, task: str, data_args) -> str:
+def describe_end(trainer, task: str, model_args, data_args, columns: tuple) -> str:
     """How many texts ended, their scores beside others', where all lies, and commands to go on with."""
     folder, results = Path(trainer.args.output_dir), read_results(trainer)
     part = "predict" if data_args.test_file and "predict_loss" in results else "eval"
@@ -61,7 +61,7 @@ def describe_end(trainer, task: str, data_args) -> str:
     what = "model" if trainer.args.do_train else "results"
     lines.append(f"{what}: {folder} (with {', '.join(there)})")
     if trainer.args.do_train:
-        lines += describe_next(folder, trainer, data_args)
+        lines += describe_next(folder, trainer, model_args, data_args, columns)
     return "\n".join(lines)
 
 
@@ -88,7 +88,7 @@ def describe_texts(folder: Path, results: dict, part: str, history: list, task: 
     return f"{said}; ROUGE-1/2/L {''.join(figures)}"
 
 
-def describe_next(folder: Path, trainer, data_args) -> list[str]:
+def describe_next(folder: Path, trainer, model_args, data_args, columns: tuple) -> list[str]:
     """Commands that try the model and that go on training it."""
     table, lines = data_args.test_file or data_args.validation_file or data_args.train_file, []
     generate = HERE / "run_generation.py"
@@ -96,7 +96,8 @@ def describe_next(folder: Path, trainer, data_args) -> list[str]:
         model = folder / "merged" if (folder / "merged").is_dir() else folder
         suffix = ".csv" if ".csv" in table or ".tsv" in table else ".jsonl"
         words = ["python", shorten_path(generate), "--model_name_or_path", str(model), "--input_file", table]
-        for flag in ("text_column", "delimiter", "file_encoding"):
+        words += ["--text_column", columns[0]] + ["--trust_remote_code"] * model_args.trust_remote_code
+        for flag in ("delimiter", "file_encoding"):
             words += [f"--{flag}", getattr(data_args, flag)] if getattr(data_args, flag) else []
         words += ["--output_file", f"{str(folder).rstrip('/')}_texts{suffix}"]
         if hasattr(data_args, "max_new_tokens"):

@@ -553,8 +553,8 @@ def end_tracking(folder: Path) -> None:
     mlflow.end_run()
 
 
-def write_reports(trainer, task: str, model_args, data_args) -> None:
-    """Curves, model card, the end of MLflow's run, and where all that lies; on the first rank only."""
+def write_reports(trainer, task: str, model_args, data_args, columns: tuple) -> None:
+    """Curves, model card, MLflow's end, where all lies; on the first rank. columns: the data's, the texts' first."""
     if not trainer.is_world_process_zero():
         return
     folder = Path(trainer.args.output_dir)
@@ -565,7 +565,7 @@ def write_reports(trainer, task: str, model_args, data_args) -> None:
     if checkpoints:
         checkpoints.finish(folder)
     if closing:
-        print(closing.describe_end(trainer, task, data_args), flush=True)
+        print(closing.describe_end(trainer, task, model_args, data_args, columns), flush=True)
 
 
 # ------------------------------------------------------------------------------------------------ exit

@@ -790,7 +790,7 @@ def main(argv: list[str] | None = None) -> dict:
             score_split(trainer, *splits[split], prefix)
     trainer.save_state()
     if guards:
-        guards.write_reports(trainer, "summarization", model_args, data_args)
+        guards.write_reports(trainer, "summarization", model_args, data_args, columns)
     results = Path(training_args.output_dir) / "all_results.json"
     return json.loads(results.read_text()) if trainer.is_world_process_zero() else {}
 

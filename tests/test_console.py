@@ -281,3 +281,22 @@ def test_curves_of_a_short_run_are_curves(tmp_path):
     history = [{"step": i, "loss": 3 - i / 9, "token_accuracy": i / 9, "epoch": 0.1} for i in range(1, 4)]
     closing.draw_curves(history, tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_command_that_tries_a_model_reads_the_column_that_it_was_trained_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["run_summarization.py", "--num_train_epochs", "2", "--output_dir", "o"])
+    monkeypatch.chdir(tmp_path)
+    args = SimpleNamespace(max_steps=-1, num_train_epochs=2.0)
+    trainer = SimpleNamespace(args=args, model=SimpleNamespace(config=SimpleNamespace(is_encoder_decoder=True)))
+    data = SimpleNamespace(test_file=None, validation_file="v.tsv.gz", train_file="t.csv", delimiter=";")
+    data.file_encoding = None
+    model = SimpleNamespace(trust_remote_code=False)
+    (tmp_path / "merged").mkdir()
+    tried, again = closing.describe_next(tmp_path, trainer, model, data, ("description", "abstract"))
+    words = shlex.split(tried.removeprefix("try it:"))
+    flags = dict(zip(words[2::2], words[3::2], strict=True))
+    wanted = {"--model_name_or_path": f"{tmp_path}/merged", "--input_file": "v.tsv.gz", "--delimiter": ";"}
+    assert flags == wanted | {"--text_column": "description", "--output_file": f"{tmp_path}_texts.csv"}
+    assert again.split(maxsplit=2)[2] == "python run_summarization.py --output_dir o --num_train_epochs 3"
+    data.validation_file, data.train_file = None, "novel.txt"  # plain text has no rows to generate from
+    assert len(closing.describe_next(tmp_path, trainer, model, data, ("text",))) == 1
