@@ -97,7 +97,9 @@ def open_log(folder: Path) -> None:
 
 def show_steps(trainer) -> TrainerCallback:
     """Open the log, silence the trainer's own lines; returns the callback that prints ours."""
-    open_log(Path(trainer.args.output_dir))
+    folder = Path(trainer.args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)  # the first rank may come later
+    open_log(folder)
     bars = sys.stderr.isatty() and not trainer.args.disable_tqdm
     stock = (ProgressCallback, PrinterCallback)
     for callback in [c for c in trainer.callback_handler.callbacks if isinstance(c, stock)]:
