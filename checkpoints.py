@@ -37,7 +37,7 @@ try:
 except ModuleNotFoundError:
     portable_checkpoints = None
 
-LOCK, SETTINGS, MARKER = ".lock", "run.json", "complete.json"
+LOCK, SETTINGS, MARKER, LOG = ".lock", "run.json", "complete.json", "run.log"
 
 # Flags that decide no weight: they may change from one start to the next, and take effect. The second list are those
 # that decide what is evaluated and written at the end.
@@ -276,8 +276,8 @@ def find_problems(args: argparse.Namespace) -> list[str]:
         return [f"{named} {nearest} is a file"]
     if not os.access(nearest, os.W_OK | os.X_OK):
         return [f"{named} {nearest} may not be written to; name another folder"]
-    # runs/ holds TensorBoard's curves, which an attempt writes from its first second on.
-    held = sorted(p.name for p in folder.iterdir() if p.name != "runs") if folder.exists() else []
+    # runs/ holds TensorBoard's curves, run.log what libraries say: an attempt writes them from its first second on.
+    held = sorted(p.name for p in folder.iterdir() if p.name not in ("runs", LOG)) if folder.exists() else []
     if args.do_train:
         ours = SETTINGS in held or any(name.startswith("checkpoint-") for name in held)
         if "trainer_state.json" in held and SETTINGS not in held and args.resume_from_checkpoint is None:
@@ -441,8 +441,8 @@ class RunFolder(TrainerCallback):
 def finish(folder: Path) -> None:
     """Vouch for a finished run's files, and let the folder go."""
     if read_settings(folder) is not None:
-        mark_complete(folder, skip=("checkpoint-", "runs"))
+        mark_complete(folder, skip=("checkpoint-", "runs", LOG))
     else:
-        set_modes(folder, skip=("checkpoint-", "runs"))
+        set_modes(folder, skip=("checkpoint-", "runs", LOG))
     if lock := open_locks.pop(str(folder.resolve()), None):
         lock.close()

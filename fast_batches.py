@@ -10,8 +10,7 @@ The same losses and gradients in less time and memory: examples packed end to en
     train_collator, checks = pack_seq2seq(model, rows, collator)  # a batch's rows end to end; None: pad them
     rows, train_collator, check = pack_causal(model, rows, capacity, collator, use_cpu)  # causal: the data set's rows
 
-A check is a callback that compares packed with single examples before the first step. Models that are not known to
-bear it stay as they are. Tested with transformers 5.23.
+A check is a callback that compares packed with single examples before the first step. Tested with transformers 5.23.
 """
 
 import itertools
@@ -52,7 +51,7 @@ LOSS_PIECE = 1024  # tokens whose logits stand in memory at once: 131 MB of fp32
 
 class HeadLoss(torch.autograd.Function):
     """
-    Summed cross-entropy of an output layer's logits, which are made and dropped a piece at a time.
+    Summed cross-entropy of an output layer's logits, made and dropped piece by piece, and how many labels are right.
 
     hidden: (tokens, width); weight: (vocabulary, width); labels: (tokens,) of ids. The gradients are made in the
     forward pass, while the piece is there (Liger's fused linear cross-entropy, Hsu et al. 2024, arXiv 2410.10989);
@@ -64,16 +63,16 @@ class HeadLoss(torch.autograd.Function):
         device, count = hidden.device.type, weight.shape[0]
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         matrix, total = weight.to(dtype), hidden.new_zeros((), dtype=torch.float32)
-        hidden_grad = torch.empty_like(hidden)
+        hidden_grad, right = torch.empty_like(hidden), torch.zeros_like(total)
         weight_grad = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         pieces = (part.split(LOSS_PIECE) for part in (hidden, labels, hidden_grad))
         for piece, target, grad in zip(*pieces, strict=True):
             piece, target = piece.to(dtype), target[:, None]
             logits = (piece @ matrix.T).float()
             norm = logits.logsumexp(dim=1, keepdim=True)
-            total += norm.sum() - (1 - label_smoothing) * logits.gather(1, target).sum()
-            if label_smoothing:
-                total -= label_smoothing * logits.mean(dim=1).sum()
+            total += norm.sum() - (1 - label_smoothing) * (said := logits.gather(1, target)).sum()
+            right += (said == logits.amax(dim=1, keepdim=True)).sum()
+            total -= label_smoothing * logits.mean(dim=1).sum() if label_smoothing else 0
             grad_logits = logits.sub_(norm).exp_().sub_(label_smoothing / count)
             grad_logits.scatter_add_(1, target, torch.full_like(target, label_smoothing - 1, dtype=torch.float32))
             grad_logits = grad_logits.to(dtype)
@@ -84,13 +83,13 @@ class HeadLoss(torch.autograd.Function):
                 weight_grad += grad_logits.T @ piece
         ctx.save_for_backward(hidden_grad, weight_grad)
         ctx.weight_dtype = weight.dtype
-        return total
+        ctx.mark_non_differentiable(right)
+        return total, right
 
     @staticmethod
-    def backward(ctx, scale):
+    def backward(ctx, scale, _):
         hidden_grad, weight_grad = ctx.saved_tensors
-        if weight_grad is not None:
-            weight_grad = weight_grad.mul_(scale).to(ctx.weight_dtype)
+        weight_grad = None if weight_grad is None else weight_grad.mul_(scale).to(ctx.weight_dtype)
         return (hidden_grad * scale).to(hidden_grad.dtype), weight_grad, None, None
 
 
@@ -105,7 +104,7 @@ class FusedLoss:
 
     def __init__(self, head: torch.nn.Linear, label_smoothing: float = 0.0, shift: bool = False):
         self.head, self.label_smoothing, self.shift = head, label_smoothing, shift
-        self.labels, self.make_logits = None, head.forward
+        self.labels, self.right, self.make_logits = None, None, head.forward  # right: labels of the largest logits
         head.forward = self.forward
 
     @contextmanager
@@ -122,7 +121,8 @@ class FusedLoss:
         if self.labels is None:
             return self.make_logits(hidden)
         hidden, labels = (part[self.labels.ne(-100)] for part in (hidden, self.labels))
-        return HeadLoss.apply(hidden, self.head.weight, labels, self.label_smoothing)
+        loss, self.right = HeadLoss.apply(hidden, self.head.weight, labels, self.label_smoothing)
+        return loss
 
     def __call__(self, outputs, labels, num_items_in_batch=None) -> torch.Tensor:
         """The training loss; call it where the model was called, inside `labelled`."""

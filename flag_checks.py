@@ -12,12 +12,14 @@ libraries are loaded, which is why none is imported here), find_flag_problems, f
 
 import argparse
 import difflib
-import importlib.util
 import json
 import os
-import re
 import sys
-from pathlib import Path
+
+try:
+    import flag_help
+except ModuleNotFoundError:  # then argparse itself answers --help, and later
+    flag_help = None
 
 # Flags of older versions, transformers' and ours, and what says the same today.
 REPLACED_FLAGS = {
@@ -52,17 +54,12 @@ def suggest(name: str, known, mark: str = "") -> str:
 
 
 def answer_unknown_flags(name: str, script: str, argv: list[str]) -> None:
-    """End a script that runs as `name` with exit code 2 where a flag is none, without the libraries."""
-    if name != "__main__" or "-h" in argv or "--help" in argv:
+    """End a script that runs as `name` where a flag is none (exit code 2) or asks for help, without the libraries."""
+    if name != "__main__" or flag_help is None:
         return
-    fields = re.compile(r"^    (\w+): |^        self\.(\w+) = kwargs\.pop", re.MULTILINE)
-    read, text = Path.read_text, Path(script).read_text(encoding="utf-8")
-    sources = {"Seq2SeqTrainingArguments": ("training_args.py", "training_args_seq2seq.py")}
-    sources["GenerationConfig"] = ("generation/configuration_utils.py",)
-    library = Path(importlib.util.find_spec("transformers").origin).parent
-    paths = [library / path for word, paths in sources.items() if word in text for path in paths]
-    found = [pair for part in (text, *map(read, paths)) for pair in fields.findall(part)]
-    known = {f"--{flag}" for pair in found for flag in pair if flag} | {"--deepspeed_config"}
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP's remarks, a rank each; read when torch is loaded
+    flag_help.answer_help(script, argv)
+    known = flag_help.list_flags(script) | {"--deepspeed_config"}
     problems = find_unknown_flags(argv, known | {f"--no_{flag[2:]}" for flag in known})
     if problems:
         if int(os.environ.get("RANK", 0)) == 0:

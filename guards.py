@@ -35,6 +35,7 @@ from transformers.models.auto import modeling_auto as known_models
 
 # Its own companions. Without them fewer mistakes are found early; start_run says so.
 checkpoints = portable_checkpoints = rank_watch = flag_checks = value_checks = deepspeed_checks = None
+console = closing = None
 with suppress(ModuleNotFoundError):
     import checkpoints
 with suppress(ModuleNotFoundError):
@@ -47,6 +48,10 @@ with suppress(ModuleNotFoundError):
     import value_checks
 with suppress(ModuleNotFoundError):
     import deepspeed_checks
+with suppress(ModuleNotFoundError):
+    import console
+with suppress(ModuleNotFoundError):
+    import closing
 
 COSTS = {
     "checkpoints.py": "a killed run goes on only with --resume_from_checkpoint, and what differs is not said",
@@ -56,6 +61,8 @@ COSTS = {
     "flag_checks.py": "misspelt flags and values of another type end in argparse's own words, one at a time",
     "value_checks.py": "numbers out of range, nan and inf are taken as they are",
     "deepspeed_checks.py": "a wrong DeepSpeed file ends late, in a traceback",
+    "console.py": "the libraries' own lines, and a loss every 500 steps",
+    "closing.py": "no curves, no model card, no word on what to do next",
 }
 
 # Columns of other kinds of data for chat models: left out, they would change what is learned.
@@ -111,6 +118,8 @@ def read_arguments(parser: argparse.ArgumentParser, argv: list[str]) -> list[str
     argv = join_deepspeed_flags(argv)
     is_file = bool(argv) and argv[0].endswith(".json")
     parser.error = raise_usage_error
+    if console:
+        console.set_log_defaults(parser)
     problems = flag_checks.find_flag_problems(parser, argv[is_file:]) if flag_checks else []
     if is_file:
         problems += take_defaults_from_json(parser, argv[0])
@@ -353,6 +362,8 @@ def start_ranks(args: argparse.Namespace) -> None:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     if rank_watch:
         rank_watch.watch(getattr(args, "rank_timeout", RANK_TIMEOUT))
+    if console:
+        console.quiet_libraries(args)
     if args.use_cpu:
         # Left to itself each rank starts a thread a core; two ranks of ZeRO-3 on two cores are then 3 times slower.
         # (deepspeed says LOCAL_SIZE, torchrun LOCAL_WORLD_SIZE)
@@ -368,7 +379,7 @@ def start_ranks(args: argparse.Namespace) -> None:
 def set_up_logging(training_args) -> None:
     """Log at the level the arguments ask for; ranks other than the first only warn, and show no progress."""
     style = {"format": "%(asctime)s - %(levelname)s - %(name)s - %(message)s", "datefmt": "%m/%d/%Y %H:%M:%S"}
-    logging.basicConfig(**style, handlers=[logging.StreamHandler(sys.stdout)])
+    logging.basicConfig(**style, handlers=[logging.StreamHandler(sys.stdout)])  # console.py has its own
     if training_args.process_index > 0:
         transformers.utils.logging.disable_progress_bar()
         datasets.disable_progress_bars()
@@ -486,6 +497,7 @@ def start_tracking(trainer, *arguments) -> None:
     own = [WholeRunLoss(), FiniteRun(trainer)]
     if checkpoints:
         own.append(checkpoints.RunFolder(trainer, arguments))
+    own += [console.show_steps(trainer)] if console else []
     if portable_checkpoints:
         portable_checkpoints.follow(trainer, UsageError)
     trainer.callback_handler.callbacks[1:1] = own  # after the one that decides what is due, before those that print
@@ -541,51 +553,19 @@ def end_tracking(folder: Path) -> None:
     mlflow.end_run()
 
 
-def write_reports(trainer, task: str, model_args, data_args) -> None:
-    """Curves, model card, and the end of MLflow's run; on the first rank only."""
+def write_reports(trainer, task: str, model_args, data_args, columns: tuple) -> None:
+    """Curves, model card, MLflow's end, where all lies; on the first rank. columns: the data's, the texts' first."""
     if not trainer.is_world_process_zero():
         return
     folder = Path(trainer.args.output_dir)
-    if trainer.state.log_history:
-        draw_curves(trainer.state.log_history, folder / "training_curves.png")
-    if trainer.args.do_train:
-        card = {"finetuned_from": model_args.model_name_or_path, "tasks": task}
-        if data_args.dataset_name is not None:
-            card |= {"dataset_tags": data_args.dataset_name, "dataset": data_args.dataset_name}
-        trainer.create_model_card(**card)
+    if closing:
+        closing.write(trainer, task, model_args, data_args)
     if "mlflow" in trainer.args.report_to:
         end_tracking(folder)
     if checkpoints:
         checkpoints.finish(folder)
-
-
-def draw_curves(history: list[dict], path: Path) -> None:
-    """Loss, ROUGE, learning rate and gradient norm over the steps, from the trainer's log history, as a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    panels = {
-        "loss": ("loss", "eval_loss"),
-        "ROUGE (validation)": ("eval_rouge1", "eval_rouge2", "eval_rougeL"),
-        "token accuracy (validation)": ("eval_token_accuracy",),
-        "learning rate": ("learning_rate",),
-        "gradient norm": ("grad_norm",),
-    }
-    panels = {title: names for title, names in panels.items() if any(n in entry for entry in history for n in names)}
-    figure = Figure(figsize=(5 * max(len(panels), 1), 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(1, max(len(panels), 1), squeeze=False)[0]
-    for axis, (title, names) in zip(axes, panels.items(), strict=False):
-        for name in names:
-            points = [(entry["step"], entry[name]) for entry in history if name in entry]
-            if points:
-                marker = "o" if len(points) < 30 else None
-                axis.plot(*zip(*points, strict=True), marker=marker, markersize=3, label=name)
-        axis.set_title(title)
-        axis.set_xlabel("step")
-        axis.grid(alpha=0.3)
-        axis.legend()
-    figure.savefig(path, dpi=120)
+    if closing:
+        print(closing.describe_end(trainer, task, model_args, data_args, columns), flush=True)
 
 
 # ------------------------------------------------------------------------------------------------ exit

@@ -12,6 +12,7 @@ run meets them: audit, choose_generation, show_answers or show_summaries, descri
 
 import itertools
 import json
+import logging
 import re
 import unicodedata
 from functools import partial
@@ -23,6 +24,8 @@ import torch
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, TrainerCallback
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+logger = logging.getLogger(__name__)
 
 try:
     from guards import UsageError
@@ -36,7 +39,7 @@ except ModuleNotFoundError:
 # Where the audit stops a run: shares of the rows, of those that are too long, of the answers, of the validation rows.
 MAX_LEFT_OUT, MAX_TOO_LONG, MAX_UNSTOPPED, MAX_OVERLAP = 0.05, 0.50, 0.10, 0.20
 TOO_LONG = "longer than --max_seq_length"
-SHOWN_SAMPLES = 5
+SHOWN_SAMPLES = 3
 
 # What a row counts of itself, summed in the audit's table.
 COUNTED = ("cut_exchanges", "tokens", "supervised_tokens", "answers", "answers_with_stop", "answers_unsupervised")
@@ -66,8 +69,11 @@ def audit(splits: dict, tokenizer, writes_bos: bool, skip: bool = False, only: b
         usable = itertools.islice((i for i, problem in enumerate(first["problem"][:]) if not problem), 2)
         shown = (show_tokens(first[i]["input_ids"], first[i]["labels"], tokenizer) for i in usable)
         oddities = model_checks.find_template_oddities(tokenizer, first["source"][:]) if model_checks else []
-        said = [*oddities, *problems]
-        print(format_audit(counts), *shown, *(f"audit: {line}" for line in said), sep="\n", flush=True)
+        oddities = [f"audit: {line}" for line in oddities]
+        story = "\n".join([format_audit(counts), *shown, *oddities, *(f"audit: {line}" for line in problems)])
+        logger.info(story)
+        short = "\n".join([*outline(counts), *list_overlap(counts), *oddities])
+        print(story if only or problems else short, flush=True)
     if problems and (unusable or not (skip or only)):
         raise UsageError("\n".join(problems if unusable else [*problems, "--skip_audit trains all the same"]))
     return counts
@@ -137,11 +143,25 @@ def format_audit(counts: dict[str, dict]) -> str:
     lines = [
         f"{title:<34}" + "".join(f"{c:>14}" for c in cells) for title, cells in ({"audit": [*counts]} | table).items()
     ]
-    for split, c in counts.items():
-        lines += [f"{split}: left out {reason}" for reason in describe_reasons(c["reasons"])]
-        if overlap := c.get("overlap"):
-            lines.append(f"{split}: {len(overlap)} prompts are in the training data too (rows {name_rows(overlap)})")
-    return "\n".join(["", *lines, ""])
+    reasons = [f"{split}: left out {why}" for split, c in counts.items() for why in describe_reasons(c["reasons"])]
+    return "\n".join(["", *lines, *reasons, *list_overlap(counts), ""])
+
+
+def outline(counts: dict[str, dict]) -> list[str]:
+    """The audit in a line a split, with why rows are left out."""
+    return [
+        f"{split}: {c['used']} of {c['rows']} rows used, {c['supervised_tokens']:,} of {c['tokens']:,} tokens "
+        f"supervised, {c['answers_with_stop']} of {c['answers']} answers end with a stop token"
+        + "".join(f"; left out {why}" for why in describe_reasons(c["reasons"]))
+        for split, c in counts.items()
+    ]
+
+
+def list_overlap(counts: dict[str, dict]) -> list[str]:
+    """Which prompts are in the training data too."""
+    found = {split: c["overlap"] for split, c in counts.items() if c.get("overlap")}
+    told = "prompts are in the training data too"
+    return [f"{split}: {len(rows)} {told} (rows {name_rows(rows)})" for split, rows in found.items()]
 
 
 def show_tokens(ids: list[int], labels: list[int], tokenizer, width: int = 110, limit: int = 400) -> str:
@@ -164,42 +184,44 @@ def show_tokens(ids: list[int], labels: list[int], tokenizer, width: int = 110, 
 def describe_run(model, training_args, optimizer: str, checkpoint: str | None) -> str:
     """What was decided before the first step, a line each."""
     rows, ranks = training_args.per_device_train_batch_size, training_args.world_size
-    steps = training_args.gradient_accumulation_steps
-    count = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
-    dtype = str(model.dtype).removeprefix("torch.")
+    steps, dtype = training_args.gradient_accumulation_steps, str(model.dtype).removeprefix("torch.")
+    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
+    total, trained = sum(size for size, _ in sizes), sum(size for size, needed in sizes if needed)
+    share = "all trained" if trained == total else f"{trained / 1e6:.2f} M trained ({trained / total:.1%})"
+    scheduler = f"{training_args.lr_scheduler_type.value}, --warmup_steps {training_args.warmup_steps:g}"
+    # What a DeepSpeed file has of its own rules.
+    blocks = getattr(getattr(training_args, "hf_deepspeed_config", None), "config", {})
+    own = {k: f"{blocks[k]['type']} of the DeepSpeed file" for k in ("optimizer", "scheduler") if k in blocks}
+    optimizer = f"optimizer: {own['optimizer']}" if "optimizer" in own else optimizer
+    precision = "bf16 autocast (--bf16 false for fp32)" if training_args.bf16 else dtype
     lines = [
-        f"parameters: {count / 1e6:.2f} M trained",
-        optimizer,
-        f"precision: {'bf16 autocast (--bf16 false for fp32)' if training_args.bf16 else dtype}",
-        f"effective batch {rows * ranks * steps} = {rows} rows x {ranks} processes x {steps} accumulation steps",
-        f"going on from {checkpoint}" if checkpoint else "starting from the model's own weights",
+        f"parameters: {total / 1e6:.2f} M, {share}; precision: {'fp16' if training_args.fp16 else precision}",
+        f"{optimizer}; scheduler: {own.get('scheduler', scheduler)}",
+        f"effective batch {rows * ranks * steps} = {rows} rows x {ranks} processes x {steps} accumulation steps; "
+        + (f"going on from {checkpoint}" if checkpoint else "starting from the model's own weights"),
     ]
     return "\n".join(lines)
 
 
 class SampleCallback(TrainerCallback):
     """
-    Prints what the model writes for a few rows, before and after training.
+    Shows after training what the model writes for a few rows, and wrote before it; whole in the log.
 
     rows: with `source` and `reference`; generate(model, args) returns a text for each, and runs on every rank.
     """
 
     def __init__(self, rows, generate):
-        self.rows, self.generate = rows, generate
-
-    def show(self, when: str, model, args) -> None:
-        texts = self.generate(model, args)
-        if args.process_index == 0:
-            print(f"\n=== {len(texts)} validation rows {when} training ===")
-            for row, text in zip(self.rows, texts, strict=True):
-                print(f"source:    {shorten(row['source'], 400)}\nreference: {shorten(row['reference'])}")
-                print(f"prediction: {shorten(text)}\n", flush=True)
+        self.rows, self.generate, self.before = rows, generate, []
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        self.show("before", model, args)
+        self.before = self.generate(model, args)
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
-        self.show("after", model, args)
+        for row, before, after in zip(self.rows, self.before, self.generate(model, args), strict=True):
+            said = {"reference": row["reference"], "before": before, "after": after}
+            logger.info("\n".join(f"{name}: {text}" for name, text in ({"source": row["source"]} | said).items()))
+            if args.process_index == 0:
+                print("sample: " + "; ".join(f"{k} {shorten(text, 50)!r}" for k, text in said.items()), flush=True)
 
 
 def shorten(text: str, width: int = 160) -> str:
@@ -273,12 +295,7 @@ def choose_generation(model, tokenizer, data_args, training_args):
 def show_answers(generate, rows) -> SampleCallback:
     """The first rows' answers before and after training. generate: from choose_generation."""
     shown = rows.select(range(min(SHOWN_SAMPLES, len(rows))))
-
-    def write(model, args) -> list[str]:
-        answers = generate(model, args, rows=shown)
-        return [f"{text} [{'ended' if stopped else 'did not end'}]" for text, stopped, _ in answers]
-
-    return SampleCallback(shown, write)
+    return SampleCallback(shown, lambda model, args: [text for text, *_ in generate(model, args, rows=shown)])
 
 
 def write_answers(folder: str, rows, answers: list[tuple]) -> None:
@@ -323,9 +340,7 @@ def compute_rouge(predictions: list[str], references: list[str], language: str) 
     names = ["rouge1", "rouge2", "rougeL", "rougeLsum"]
     unseen = sum(any(map(str.isalpha, text)) and not re.search("[a-zA-Z0-9]", text) for text in references)
     if language == "en" and unseen:
-        print(
-            f"ROUGE: --rouge_language en sees no word in {unseen} of {len(references)} references; give another code"
-        )
+        print(f"ROUGE: --rouge_language en sees no word in {unseen} of {len(references)} references; give another")
     scorer = RougeScorer(names, **({"use_stemmer": True} if language == "en" else {"tokenizer": UnicodeTokenizer()}))
     pairs = zip(map(split_sentences, references), map(split_sentences, predictions), strict=True)
     scores = [scorer.score(*pair) for pair in pairs]

@@ -941,7 +941,7 @@ def main(argv: list[str] | None = None) -> dict:
     if model_args.merge_lora and training_args.do_train and trainer.is_world_process_zero():
         lora.merge(model_args, training_args.output_dir)
     if guards:
-        guards.write_reports(trainer, "text-generation", model_args, data_args)
+        guards.write_reports(trainer, "text-generation", model_args, data_args, columns)
     results = Path(training_args.output_dir, "all_results.json")
     return json.loads(results.read_text()) if trainer.is_world_process_zero() else {}
 

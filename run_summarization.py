@@ -322,7 +322,8 @@ def load_model(model_args, data_args, training_args):
     how = {"config": config, "dtype": torch.bfloat16 if model_args.pure_bf16 else torch.float32}
     model = fetch(transformers.AutoModelForSeq2SeqLM, model_args, **how)
     if target_tokenizer is tokenizer and len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        print(f"the tokenizer has more tokens than the model: the embeddings grow to {len(tokenizer)}", flush=True)
+        if training_args.process_index == 0:
+            print(f"the tokenizer has more tokens than the model: embeddings grow to {len(tokenizer)}", flush=True)
         model.resize_token_embeddings(len(tokenizer))
     # Gemma's pads on the left, which would set a target apart from its start, and count positions from elsewhere.
     tokenizer.padding_side = target_tokenizer.padding_side = "right"
@@ -657,9 +658,7 @@ def compute_rouge(predictions: list[str], references: list[str], language: str) 
     names = ["rouge1", "rouge2", "rougeL", "rougeLsum"]
     unseen = sum(any(map(str.isalpha, text)) and not re.search("[a-zA-Z0-9]", text) for text in references)
     if language == "en" and unseen:
-        print(
-            f"ROUGE: --rouge_language en sees no word in {unseen} of {len(references)} references; give another code"
-        )
+        print(f"ROUGE: --rouge_language en sees no word in {unseen} of {len(references)} references; give another")
     scorer = RougeScorer(names, **({"use_stemmer": True} if language == "en" else {"tokenizer": UnicodeTokenizer()}))
     pairs = zip(map(split_sentences, references), map(split_sentences, predictions), strict=True)
     scores = [scorer.score(*pair) for pair in pairs]
@@ -672,13 +671,15 @@ def decode(ids: np.ndarray, tokenizer) -> list[str]:
     return [text.strip() for text in texts]
 
 
-def compute_metrics(output, tokenizer, language: str) -> dict[str, float]:
-    """ROUGE and the mean generated length for the trainer, computed on the first rank alone."""
+def compute_metrics(output, tokenizer, model, language: str) -> dict[str, float]:
+    """ROUGE, mean length and share of the texts that ended by themselves, computed on the first rank alone."""
     metrics = [None]
     if int(os.environ.get("RANK", 0)) == 0:
         ids = np.where(output.predictions == -100, tokenizer.pad_token_id, output.predictions)
         metrics[0] = compute_rouge(decode(ids, tokenizer), decode(output.label_ids, tokenizer), language)
         metrics[0]["gen_len"] = float(np.mean((ids != tokenizer.pad_token_id).sum(axis=1)))
+        last = model.generation_config.forced_eos_token_id and model.generation_config.max_length - 1  # BART's
+        metrics[0]["stopped"] = float(np.mean((ids[:, 1:last] == tokenizer.eos_token_id).any(axis=1)))
     if torch.distributed.is_initialized():
         torch.distributed.broadcast_object_list(metrics, src=0)
     return metrics[0]
@@ -755,7 +756,7 @@ def main(argv: list[str] | None = None) -> dict:
     train_collator, callbacks, loss = choose_batches(model, train_rows, collator, data_args, training_args)
     show = reports and training_args.do_train and "validation" in splits and training_args.predict_with_generate
     callbacks += [reports.show_summaries(*splits["validation"], collator, target_tokenizer)] if show else []
-    metrics = partial(compute_metrics, tokenizer=target_tokenizer, language=data_args.rouge_language)
+    metrics = partial(compute_metrics, tokenizer=target_tokenizer, model=model, language=data_args.rouge_language)
     trainer = SummarizationTrainer(
         model=model,
         args=training_args,
@@ -789,7 +790,7 @@ def main(argv: list[str] | None = None) -> dict:
             score_split(trainer, *splits[split], prefix)
     trainer.save_state()
     if guards:
-        guards.write_reports(trainer, "summarization", model_args, data_args)
+        guards.write_reports(trainer, "summarization", model_args, data_args, columns)
     results = Path(training_args.output_dir) / "all_results.json"
     return json.loads(results.read_text()) if trainer.is_world_process_zero() else {}
 

@@ -36,6 +36,7 @@ import pyarrow
 import pyarrow.parquet
 from tqdm.auto import tqdm
 
+from brief_parser import BriefParser
 from table_files import ending, find_path_problems, refuse
 from whole_files import nearest_folder
 
@@ -50,10 +51,8 @@ NOT_PROVIDED = "not provided"
 
 
 def parse_args(argv=None):
-    """Return the parsed command line; argparse itself ends the program with exit code 2 on an unknown flag."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    """Return the parsed command line; BriefParser ends the program with exit code 2 on an unknown flag."""
+    parser = BriefParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--dataset_name", default=None, help="A dataset's name on the hub, or a folder.")
     add("--dataset_config_name", default=None, help="Configuration of that dataset. None: the only one it has.")

@@ -18,13 +18,13 @@ a model as they are:
 For a Spark table call encode_spark(table, "label", label2id): the same integers.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
 
 import polars
 
+from brief_parser import BriefParser
 from table_files import ending, find_path_problems, refuse
 from whole_files import Output, describe_command, find_folder_problems
 
@@ -32,8 +32,8 @@ TABLE_ENDINGS = (".csv", ".tsv", ".jsonl", ".parquet")
 
 
 def parse_args(argv=None):
-    """Return the parsed command line; argparse itself ends the program with exit code 2 on an unknown flag."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    """Return the parsed command line; BriefParser ends the program with exit code 2 on an unknown flag."""
+    parser = BriefParser(description=__doc__.split("\n\n")[0])
     parser.add_argument(
         "--input_file", required=True, help=f"Table to learn the labels from: {', '.join(TABLE_ENDINGS)}."
     )

@@ -21,6 +21,7 @@ import random
 import sys
 from pathlib import Path
 
+from brief_parser import BriefParser
 from whole_files import Output, describe_command
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -192,10 +193,8 @@ STARS = {1: "One Star", 2: "Two Stars", 3: "Three Stars", 4: "Four Stars", 5: "F
 
 
 def parse_args(argv=None):
-    """Return the parsed command line; argparse itself ends the program with exit code 2 on an unknown flag."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    """Return the parsed command line; BriefParser ends the program with exit code 2 on an unknown flag."""
+    parser = BriefParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--num_reviews", type=int, default=3000, help="Rows to write, the dirty ones included.")
     parser.add_argument("--seed", type=int, default=42, help="The same seed gives the same bytes.")
     parser.add_argument("--output_file", required=True, help="File to make; must end in .tsv and not exist yet.")

@@ -48,6 +48,7 @@ from transformers import AutoTokenizer, PreTrainedConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where the training scripts are
 
+from brief_parser import BriefParser
 from fast_batches import PACKABLE, pack_examples, pack_lengths
 from report_figures import draw_figures
 from run_clm_instruct import (
@@ -103,10 +104,8 @@ LANGUAGE_SAMPLE, COMMON_WORDS, COMMON_SHARE, LANGUAGE_WORDS, LANGUAGE_SURE = 200
 
 
 def parse_args(argv=None):
-    """Return the parsed command line; argparse itself ends the program with exit code 2 on an unknown flag."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    """Return the parsed command line; BriefParser ends the program with exit code 2 on an unknown flag."""
+    parser = BriefParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--train_file", required=True, help=f"Training data: {', '.join(DATA_ENDINGS)}; the text ones also .gz.")
     add("--validation_file", default=None, help="Validation data; its overlap with the training data is measured.")

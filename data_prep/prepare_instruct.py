@@ -34,6 +34,7 @@ from pathlib import Path
 
 import polars as pl
 
+from brief_parser import BriefParser
 from table_files import ending, pick_share, read_columns, read_lines, read_rows, refuse, say, stable_hash, take_sample
 from whole_files import Output, describe_command, explain_disk_fault, find_folder_problems, nearest_folder
 
@@ -77,10 +78,8 @@ class RowDropped(Exception):
 
 
 def parse_args(argv=None):
-    """Return the parsed command line; argparse itself ends the program with exit code 2 on an unknown flag."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    """Return the parsed command line; BriefParser ends the program with exit code 2 on an unknown flag."""
+    parser = BriefParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     formats = ["auto", *dict.fromkeys(name for name, _ in FORMATS)]
     add("--input_file", nargs="+", required=True, help=f"Files of {', '.join(INPUT_ENDINGS)}; text ones also .gz.")

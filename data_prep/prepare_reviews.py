@@ -54,6 +54,7 @@ from pathlib import Path
 import polars as pl
 
 import table_files
+from brief_parser import BriefParser
 from table_files import ending, pick_share, read_columns, read_rows, refuse, say, stable_hash, take_sample
 from whole_files import Output, describe_command, find_folder_problems
 
@@ -127,10 +128,8 @@ DROP_REASONS = (
 
 
 def parse_args(argv=None):
-    """Return the parsed command line; argparse itself ends the program with exit code 2 on an unknown flag."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    """Return the parsed command line; BriefParser ends the program with exit code 2 on an unknown flag."""
+    parser = BriefParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--input_file", nargs="+", required=True, help=f"Files of {', '.join(KNOWN_ENDINGS)}; text ones also .gz.")
     add("--output_dir", required=True, help="Folder for train and validation; neither may exist yet.")

@@ -35,6 +35,7 @@ from pathlib import Path
 
 import datasets
 
+from brief_parser import BriefParser
 from prepare_reviews import find_java_problem, start_spark
 from table_files import refuse
 from whole_files import Output, describe_command
@@ -69,9 +70,7 @@ def to_dataset(table, work_dir):
 
 def parse_args(argv=None):
     """Return the parsed command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = BriefParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--input_table", required=True, help="A Parquet file, or a folder of them as Spark writes it.")
     add("--output_file", required=True, help="The .parquet file to make; it may not exist yet.")

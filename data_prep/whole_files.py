@@ -16,7 +16,7 @@ from pathlib import Path
 DISK_FAULTS = "No space|Read-only f|Disk quota|Input/output|StreamWriter|unexpected pos|iostream|Stale file|Not a dir"
 
 # What a training leaves beside its model: times are in it, which decide nothing.
-BESIDE_A_MODEL = {"complete.json", "run.json", "trainer_state.json", "training_args.bin", "README.md"}
+BESIDE_A_MODEL = {"complete.json", "run.json", "trainer_state.json", "training_args.bin", "README.md", "run.log"}
 BESIDE_A_MODEL |= {f"{name}_results.json" for name in ("all", "train", "eval", "predict")}
 
 

@@ -11,6 +11,7 @@ import copy_script as tool
 from conftest import ROOT, run
 
 OF_GUARDS = ["checkpoints.py", "deepspeed_checks.py", "flag_checks.py"]
+OF_GUARDS += ["closing.py", "console.py", "flag_help.py", "model_card.py", "step_figures.py"]
 OF_GUARDS += ["portable_checkpoints.py", "rank_watch.py", "value_checks.py"]
 COMPANIONS = [*OF_GUARDS, "fast_batches.py", "guards.py", "model_checks.py", "reports.py", "tables.py"]
 COMPANIONS += ["zero_adafactor.py"]

@@ -213,10 +213,17 @@ def test_a_run_that_fails_is_marked_as_failed_at_exit(tmp_path, monkeypatch):
     at_exit = []
     monkeypatch.setattr(guards.atexit, "register", lambda *call: at_exit.append(call))
     args = SimpleNamespace(report_to=["mlflow"], run_name="broken", deepspeed=None, output_dir=str(tmp_path))
-    model = SimpleNamespace(config=SimpleNamespace(num_beams=4))
+    args.disable_tqdm = True
+    model = SimpleNamespace(config=SimpleNamespace(num_beams=4, is_encoder_decoder=True))
     handler = SimpleNamespace(callbacks=[])
     trainer = SimpleNamespace(args=args, model=model, callback_handler=handler, is_world_process_zero=lambda: True)
-    for name in ("_load_optimizer_and_scheduler", "_load_rng_state", "_load_from_checkpoint", "_load_best_model"):
+    for name in (
+        "_load_optimizer_and_scheduler",
+        "_load_rng_state",
+        "_load_from_checkpoint",
+        "_load_best_model",
+        "compute_loss",
+    ):
         setattr(trainer, name, None)
     trainer.state = SimpleNamespace(global_step=0)
     own = SimpleNamespace(num_beams=2, train_file="a.csv", token="hf_secret")

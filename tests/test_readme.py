@@ -307,7 +307,7 @@ def find_known_flags() -> set[str]:
         for path in (ROOT / folder).glob("*.py"):
             known |= set(re.findall(r'"(--\w+)"', path.read_text(encoding="utf-8")))
     known |= set(re.findall(r'"(--\w+)"', (ROOT / "check_run.py").read_text(encoding="utf-8")))
-    return known | {"--hostfile", "--master_addr", "--no_ssh", "--node_rank", "--master_port"}
+    return known | {"--help_all", "--hostfile", "--master_addr", "--no_ssh", "--node_rank", "--master_port"}
 
 
 @pytest.mark.parametrize("page", TEXTS)

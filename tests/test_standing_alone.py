@@ -28,6 +28,11 @@ OF_GUARDS = (
     "flag_checks.py",
     "value_checks.py",
     "deepspeed_checks.py",
+    "console.py",
+    "step_figures.py",
+    "closing.py",
+    "model_card.py",
+    "flag_help.py",
 )
 SGD = ["--do_train", "--max_steps", "12", "--logging_steps", "1", "--optim", "sgd", "--learning_rate", "0.1"]
 SGD += ["--lr_scheduler_type", "constant", "--save_strategy", "no", "--disable_tqdm", "true"]
