@@ -80,7 +80,7 @@ def describe_texts(folder: Path, results: dict, part: str, history: list, task: 
         count = max(1, round(sum(len(row["reference"].split()) for row in rows) / len(rows)))
         leads = [" ".join(row["source"].split()[:count]) for row in rows]
         scores = reports.compute_rouge(leads, [row["reference"] for row in rows], data_args.rouge_language)
-        beside[f"; of the source's first {count} words "] = scores
+        beside[f"; of the source's first {count} word{'s' * (count > 1)} "] = scores
     before = next((entry for entry in history if entry["step"] == 0 and "eval_rouge1" in entry), None)
     if before and part == "eval" and history[-1]["step"] > 0:
         beside["; before training "] = {k: before[f"eval_{k}"] for k in ("rouge1", "rouge2", "rougeL")}

@@ -45,8 +45,11 @@ def answer_help(script: str, argv: list[str]) -> None:
     """Print the help that is asked for, on the first rank, and end."""
     asked = {"-h", "--help", "--help_all"} & set(argv)
     if asked:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(write_help(script, "--help_all" in asked))
+        try:
+            if int(os.environ.get("RANK", 0)) == 0:
+                print(write_help(script, "--help_all" in asked), flush=True)
+        except BrokenPipeError:  # into head, or a pager that was left
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(0)
 
 

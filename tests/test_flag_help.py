@@ -119,3 +119,9 @@ def test_a_tool_of_data_prep_names_every_misspelt_flag_in_a_line(tool, tmp_path)
 def test_what_a_tool_of_data_prep_lacks_is_said_without_its_usage(tool, tmp_path):
     done, _ = start(ROOT / f"data_prep/{tool}.py", cwd=tmp_path)
     assert done.returncode == 2 and re.fullmatch(rf"{tool}.py: error: the following .* required: .*\n", done.stderr)
+
+
+def test_help_into_a_reader_that_stops_early_is_no_traceback():
+    command = f"{sys.executable} {ROOT / 'run_summarization.py'} --help_all | head -1"
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True)
+    assert done.stdout.startswith("Fine-tune T5") and done.stderr == ""
