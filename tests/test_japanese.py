@@ -4,12 +4,14 @@
 import json
 import re
 import shlex
+from collections import Counter
 
 import pytest
 
 import run_summarization
 from conftest import ROOT, run, run_warm
 
+README, TRANSLATED = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README.ja.md"))
 PAGE = (ROOT / "docs/japanese.md").read_text(encoding="utf-8")
 
 
@@ -20,7 +22,33 @@ def test_the_pages_figures_of_rouge_are_those_that_are_computed(capsys):
         assert [scores[name] for name in ("rouge1", "rouge2", "rougeL")] == pytest.approx(
             [float(figure) for figure in figures], abs=0.005
         )
-    assert "sees no word in 1 of 1 references; give another code" in capsys.readouterr().out
+    assert "sees no word in 1 of 1 references; give another" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r"```.*?\n```",
+        r"\]\((\S+\.md)\)",
+        r"^\| (?:`(\w+\.py)`|\[\w+\])",
+        r"^(#+) ",
+        r"`(--\w+|make [\w-]+)`",
+        r"\b[\de.-]+\d\b",
+    ],
+    ids=["commands", "links", "tables", "headings", "flags and targets", "figures"],
+)
+def test_the_japanese_readme_has_what_the_english_one_has(pattern):
+    found = [re.findall(pattern, text, re.M | re.S) for text in (README, TRANSLATED)]
+    if pattern.startswith("\\b"):  # figures are written otherwise, in ten thousands, and stand in other places
+        found = [
+            set(numbers) - {"60", "738", "11.3", "135", "000", "6000", "7", "3800", "113", "3500", "1", "3"}
+            for numbers in found
+        ]
+    elif not pattern.startswith("`"):
+        found = [[link for link in links if "README" not in link] for links in found]
+    else:
+        found = [Counter(found) for found in found]
+    assert found[0] == found[1] and found[0]
 
 
 @pytest.mark.slow
