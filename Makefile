@@ -56,8 +56,9 @@ $(VENV)/.dev: $(VENV)/.core requirements-dev.txt
 	$(BIN)/python -m pip install -q -r requirements-dev.txt
 	touch $@
 
-$(VENV)/.launchers: $(VENV)/.dev requirements-launchers.txt
-	$(BIN)/python -m pip install -q -r requirements-launchers.txt
+OPTIONAL = requirements-launchers.txt requirements-delta.txt requirements-tracking.txt
+$(VENV)/.launchers: $(VENV)/.dev $(OPTIONAL)
+	$(BIN)/python -m pip install -q $(addprefix -r ,$(OPTIONAL))
 	touch $@
 
 $(VENV)/.try: $(VENV)/.core requirements-try.txt

@@ -83,7 +83,12 @@ def describe_flag(flag: Flag, width: int, whole: bool) -> list[str]:
 def read_groups(script: str) -> list[tuple[str, list[Flag], bool]]:
     """(title, flags, whether they are the script's own) of each dataclass and of the library's that it takes."""
     text = Path(script).read_text(encoding="utf-8")
-    library = Path(importlib.util.find_spec("transformers").origin).parent
+    found = importlib.util.find_spec("transformers")
+    if found is None:
+        sys.exit(
+            f"error: transformers is not installed for {sys.executable}: pip install -r requirements.txt, in its order"
+        )
+    library = Path(found.origin).parent
     own = [(ast.get_docstring(node), read_class(node), True) for node in find_classes(text)]
     groups = [group for group in own if group[1]]
     for word, paths in SOURCES.items():

@@ -125,3 +125,10 @@ def test_help_into_a_reader_that_stops_early_is_no_traceback():
     command = f"{sys.executable} {ROOT / 'run_summarization.py'} --help_all | head -1"
     done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True)
     assert done.stdout.startswith("Fine-tune T5") and done.stderr == ""
+
+
+def test_without_transformers_it_says_so_in_a_sentence(tmp_path):
+    command = [sys.executable, "-S", ROOT / "run_summarization.py", "--do_train"]  # -S: no site-packages
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1 and done.stderr.startswith("error: transformers is not installed for ")
+    assert done.stderr.count("\n") == 1

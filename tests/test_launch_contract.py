@@ -83,6 +83,18 @@ def test_the_same_argument_list_gives_the_losses_of_python(work, by_python, way,
     assert "effective batch 16 = 8 rows x 2 processes x 1" in done.stdout
 
 
+@needs_java
+def test_in_a_notebook_on_spark_the_sentence_is_in_the_exception(work, tmp_path):
+    (tmp_path / "notebook.py").write_text(NOTEBOOK)
+    arguments = [*make_arguments(work, 8), "--output_dir", "out"]
+    arguments[arguments.index("--train_file") + 1] = "nowhere.csv"
+    done = run(
+        [sys.executable, "notebook.py", ROOT / "ds_configs/zero2.json", SCRIPT, *arguments], cwd=tmp_path, check=False
+    )
+    exception = done.stdout.rpartition("RuntimeError: Command ")[2]
+    assert done.returncode and "error: --train_file nowhere.csv: there is no such file" in exception
+
+
 def test_two_hosts_leave_nothing_behind(tmp_path):
     if reason := why_no_hosts():
         pytest.skip(reason)

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -174,6 +175,27 @@ def test_tensorboard_s_event_files_lie_in_the_folder_of_its_variable(answering):
     results = json.loads((answering / "again/all_results.json").read_text())
     assert tags["eval/rouge1"] == pytest.approx(results["eval_rouge1"], rel=1e-5) and "train/loss" in tags
     assert not list(answering.glob("runs*"))
+
+
+def test_trackio_holds_the_curve_under_the_runs_name(work, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    words = [
+        "--model_name_or_path",
+        work / "tiny-t5",
+        "--do_train",
+        "--train_file",
+        work / "train.csv",
+        "--max_steps",
+        3,
+    ]
+    words += ["--logging_steps", 1, "--report_to", "trackio", "--run_name", "short", "--output_dir", tmp_path / "out"]
+    run([sys.executable, ROOT / "run_summarization.py", *words], cwd=tmp_path)
+    (path,) = (tmp_path / "trackio").glob("*.db")
+    with sqlite3.connect(path) as database:
+        rows = database.execute("select metrics from metrics where run_name = 'short' order by step").fetchall()
+    found = [json.loads(metrics)["train/loss"] for (metrics,) in rows if "train/loss" in json.loads(metrics)]
+    history = json.loads((tmp_path / "out/trainer_state.json").read_text())["log_history"]
+    assert found == pytest.approx([entry["loss"] for entry in history if "loss" in entry]) and len(found) == 3
 
 
 def read_records(data: bytes) -> list[bytes]:

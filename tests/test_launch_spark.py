@@ -317,6 +317,39 @@ def test_a_parquet_overwritten_in_place_gives_its_new_rows(tmp_path, session):
     assert not list((tmp_path / "work").rglob("*.parquet"))
 
 
+def test_delta_json_and_csv_are_read_and_delta_is_written(tmp_path, session, monkeypatch, capsys):
+    import datasets
+    import pyarrow as pa
+    from deltalake import DeltaTable, write_deltalake
+
+    import spark_dataset
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(spark_dataset, "start_spark", lambda master: session)
+    old, new = {"body": ["a", "b"], "stars": ["1", "2"]}, {"body": ['say "c",\nd', "e", "é"], "stars": ["4", "5", "4"]}
+    write_deltalake("table", pa.table(old), partition_by=["stars"])
+    write_deltalake("table", pa.table(new), mode="overwrite", partition_by=["stars"])  # the old files stay there
+    datasets.Dataset.from_dict(new).to_json("rows.jsonl")
+    datasets.Dataset.from_dict(new).to_csv("rows.csv")
+
+    def convert(name: str, made: str) -> list[tuple[str, str]]:
+        spark_dataset.main(["--input_table", name, "--output_file", made])
+        table = DeltaTable(made).to_pyarrow_table() if made.endswith(".delta") else pa.parquet.read_table(made)
+        return sorted(zip(table["body"].to_pylist(), map(str, table["stars"].to_pylist()), strict=True))
+
+    rows = sorted(zip(*new.values(), strict=True))
+    for name, made in (("table", "a.parquet"), ("rows.jsonl", "b.parquet"), ("rows.csv", "c.parquet")):
+        assert convert(name, made) == rows, name
+    assert convert("a.parquet", "d.delta") == rows
+    capsys.readouterr()
+    spark_dataset.main(["--input_table", "a.parquet", "--output_file", "d.delta"])  # again: it knows its own
+    assert "finished" in capsys.readouterr().out
+    (tmp_path / "table/_delta_log/00000000000000000001.json").write_text("{broken")
+    with pytest.raises(SystemExit):
+        spark_dataset.main(["--input_table", "table", "--output_file", "e.parquet"])
+    assert "--input_table table: its Delta log cannot be read: " in capsys.readouterr().err
+
+
 def test_from_spark_still_returns_the_old_rows(tmp_path, session):
     """The trap that spark_dataset.py is there for; when this fails, Dataset.from_spark will do."""
     import datasets
