@@ -106,8 +106,8 @@ COUNT ?= 2000
 bad-inputs: $(VENV)/.dev
 	HF_HUB_OFFLINE=1 $(BIN)/python tests/bad_inputs.py --count $(COUNT) $(EXTRA)
 
-# The scripts' tests on the oldest and the newest transformers that pass, each with what it resolves to.
-VERSIONS ?= 5.17.0 5.24.0
+# The scripts' tests on another transformers than the pinned one, with what it resolves to; 5.23 is the oldest that passes.
+VERSIONS ?= 5.24.0
 test-versions: $(VENV)/.dev
 	for version in $(VERSIONS); do folder=$(VENV)/transformers-$$version; \
 	    [ -d $$folder ] || $(BIN)/python -m pip install -q --target $$folder transformers==$$version || exit 1; \

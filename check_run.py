@@ -2,7 +2,7 @@
 # Copyright 2026 The plaintune authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.8", "transformers>=5.17", "datasets", "accelerate", "jinja2"]
+# dependencies = ["torch>=2.8", "transformers>=5.23", "datasets", "accelerate", "jinja2"]
 # ///
 """
 Does a training script train what was asked? Try it before the long run, on any script that uses transformers.Trainer.

@@ -1,7 +1,7 @@
 # Copyright 2026 The plaintune authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.8", "transformers>=5.17", "xxhash"]
+# dependencies = ["torch>=2.8", "transformers>=5.23", "xxhash"]
 # ///
 """
 What lies in a training's output folder: who works in it, what the run was asked for, what is whole, what is finished.

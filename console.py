@@ -1,7 +1,7 @@
 # Copyright 2026 The plaintune authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.8", "transformers>=5.17", "datasets"]
+# dependencies = ["torch>=2.8", "transformers>=5.23", "datasets"]
 # ///
 """
 What a run says while it is at work: a line a logged step, each warning once, the libraries' rest in run.log.

@@ -1,7 +1,7 @@
 # Copyright 2026 The plaintune authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.8", "transformers>=5.17"]
+# dependencies = ["torch>=2.8", "transformers>=5.23"]
 # ///
 """
 T5 on the CPU in less time: dropout masks drawn the cheap way, in its modules and its attention.

@@ -1,7 +1,7 @@
 # Copyright 2026 The plaintune authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.8", "transformers>=5.17", "deepspeed"]
+# dependencies = ["torch>=2.8", "transformers>=5.23", "deepspeed"]
 # ///
 """
 Whether a DeepSpeed file is one: its keys, types and values as the installed version knows them, and as the flags say.

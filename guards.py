@@ -1,7 +1,7 @@
 # Copyright 2026 The plaintune authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.8", "transformers>=5.17", "datasets", "safetensors"]
+# dependencies = ["torch>=2.8", "transformers>=5.23", "datasets", "safetensors"]
 # ///
 """
 Refuses bad input early and all at once, starts ranks, keeps MLflow's one run, draws the curves.

@@ -1,7 +1,7 @@
 # Copyright 2026 The plaintune authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.8", "transformers>=5.17", "peft"]
+# dependencies = ["torch>=2.8", "transformers>=5.23", "peft"]
 # ///
 """
 Low-rank adapters for run_clm_instruct.py's --lora_r, by peft: put on, and merged with their base at the end.

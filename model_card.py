@@ -1,7 +1,7 @@
 # Copyright 2026 The plaintune authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.8", "transformers>=5.17", "huggingface_hub"]
+# dependencies = ["torch>=2.8", "transformers>=5.23", "huggingface_hub"]
 # ///
 """
 A model card that a hub takes: what the model was made of, its scores, the curves' picture, the command of the run.

@@ -1,7 +1,7 @@
 # Copyright 2026 The plaintune authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.8", "transformers>=5.17", "jinja2"]
+# dependencies = ["torch>=2.8", "transformers>=5.23", "jinja2"]
 # ///
 """
 Whether a model is what it seems: each weight from its file and finite, its own tokenizer, settings that can be saved.

@@ -1,7 +1,7 @@
 # Copyright 2026 The plaintune authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.8", "transformers>=5.17", "safetensors"]
+# dependencies = ["torch>=2.8", "transformers>=5.23", "safetensors"]
 # ///
 """
 Lets a run go on from a checkpoint of any number of ranks, any ZeRO stage or none, and runs no code from its files.

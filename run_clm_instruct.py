@@ -3,7 +3,7 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = [
-#   "torch>=2.8", "transformers>=5.17", "datasets", "accelerate", "rouge-score", "nltk", "matplotlib",
+#   "torch>=2.8", "transformers>=5.23", "datasets", "accelerate", "rouge-score", "nltk", "matplotlib",
 #   "sentencepiece", "jinja2", "peft",
 # ]
 # ///

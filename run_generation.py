@@ -2,7 +2,7 @@
 # Copyright 2026 The plaintune authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.8", "transformers>=5.17", "datasets", "accelerate", "sentencepiece", "jinja2"]
+# dependencies = ["torch>=2.8", "transformers>=5.23", "datasets", "accelerate", "sentencepiece", "jinja2"]
 # ///
 """
 Generate with a tuned model, encoder-decoder or causal: a table in, the same table with one more column out.

@@ -2,7 +2,7 @@
 # Copyright 2026 The plaintune authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.8", "transformers>=5.17", "deepspeed"]
+# dependencies = ["torch>=2.8", "transformers>=5.23", "deepspeed"]
 # ///
 """
 What Adafactor costs under ZeRO, and whether it is still Adafactor.

@@ -1,7 +1,7 @@
 # Copyright 2026 The plaintune authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.8", "transformers>=5.17", "numpy"]
+# dependencies = ["torch>=2.8", "transformers>=5.23", "numpy"]
 # ///
 """
 Training steps of a small BART (width 256, 3 + 3 layers, random weights) on packed and on padded batches, in turn.

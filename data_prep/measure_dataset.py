@@ -2,7 +2,7 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = [
-#   "torch>=2.8", "transformers>=5.17", "datasets", "accelerate", "peft", "rouge-score", "nltk", "sentencepiece",
+#   "torch>=2.8", "transformers>=5.23", "datasets", "accelerate", "peft", "rouge-score", "nltk", "sentencepiece",
 #   "polars>=1.0", "pyarrow", "numpy", "matplotlib", "jinja2", "tqdm", "py3langid",
 # ]
 # ///

@@ -3,7 +3,7 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = [
-#     "mlflow==3.17.2", "torch>=2.8", "transformers>=5.17", "datasets", "accelerate", "sentencepiece", "jinja2"
+#     "mlflow==3.17.2", "torch>=2.8", "transformers>=5.23", "datasets", "accelerate", "sentencepiece", "jinja2"
 # ]
 # ///
 """

@@ -2,7 +2,7 @@
 # Copyright 2026 The plaintune authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["ray[train]==2.60.0", "torch>=2.8", "transformers>=5.17"]
+# dependencies = ["ray[train]==2.60.0", "torch>=2.8", "transformers>=5.23"]
 # ///
 """
 Run a training script, with its own arguments, on the workers of a Ray cluster (Ray Train's TorchTrainer).

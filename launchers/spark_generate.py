@@ -2,7 +2,7 @@
 # Copyright 2026 The plaintune authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["pyspark[ml]>=4.0", "torch>=2.8", "transformers>=5.17", "datasets", "accelerate", "sentencepiece"]
+# dependencies = ["pyspark[ml]>=4.0", "torch>=2.8", "transformers>=5.23", "datasets", "accelerate", "sentencepiece"]
 # ///
 """
 Generate with a tuned model on Spark: run_generation.py's flags, texts and columns, in the tasks of a Spark job.

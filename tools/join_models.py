@@ -1,7 +1,7 @@
 # Copyright 2026 The plaintune authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.8", "transformers>=5.17", "tokenizers>=0.22"]
+# dependencies = ["torch>=2.8", "transformers>=5.23", "tokenizers>=0.22"]
 # ///
 """Join an encoder and a decoder that never met into one model folder, to be trained by run_summarization.py.
 

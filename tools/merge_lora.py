@@ -1,7 +1,7 @@
 # Copyright 2026 The plaintune authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.8", "transformers>=5.17", "peft"]
+# dependencies = ["torch>=2.8", "transformers>=5.23", "peft"]
 # ///
 """Merge LoRA adapters into their base model and write one plain model folder; says how far it is from the adapters.
 

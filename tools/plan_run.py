@@ -1,7 +1,7 @@
 # Copyright 2026 The plaintune authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.8", "transformers>=5.17"]
+# dependencies = ["torch>=2.8", "transformers>=5.23"]
 # ///
 """Will it fit, how long, what will it cost: memory per GPU and host of a training run before anything is downloaded.
 

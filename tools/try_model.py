@@ -2,7 +2,7 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = [
-#     "streamlit==1.67.0", "torch>=2.8", "transformers>=5.17", "datasets", "accelerate", "sentencepiece", "jinja2"
+#     "streamlit==1.67.0", "torch>=2.8", "transformers>=5.23", "datasets", "accelerate", "sentencepiece", "jinja2"
 # ]
 # ///
 """Try tuned models on a page in the browser: `make try MODEL=out/t5-small`. Summaries, chats and tables.
