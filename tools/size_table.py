@@ -44,7 +44,7 @@ MADE_BY = "made by tools/size_table.py"  # stands in both: a file without it is 
 KNOWN = ("t5-small", "t5-base", "t5-large", "t5-3b", "t5-11b", "google/flan-t5-small", "google/flan-t5-base")
 KNOWN += ("google/flan-t5-large", "google/mt5-small", "google/mt5-base", "facebook/bart-base", "facebook/bart-large")
 BATCH = 32
-MORE_IS_BETTER = ("ROUGE-1", "ROUGE-2", "ROUGE-L", "rows/s")
+MORE_IS_BETTER = ("ROUGE", "rows/s")
 STEP = re.compile(r"step +\d+/\d+ .*  (\d+\.\d+) GB  ")  # as console.py prints a step
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -261,31 +261,33 @@ def write_whole(path, text):
 
 
 def list_figures(row, price):
-    """Return {(group, title): (number or None, text)} of a size."""
-    one, many, hour = row["one"], row["many"], row["seconds"] / 3600
-    figures = {("", "parameters"): (one["parameters"] / 1e6, "{:,.1f} M")}
-    figures |= {("", f"ROUGE-{name[5:]}"): (row[name], "{:.1f}") for name in ("rouge1", "rouge2", "rougeL")}
-    for group, timed in (("one row", one), (f"{BATCH} rows", many)):
-        figures |= {(group, f"{q} ms"): (timed[f"{q}_ms"], "{:,.0f}") for q in ("p50", "p95")}
-    figures[f"{BATCH} rows", "rows/s"] = many["rows_per_second"], "{:,.1f}"
-    figures["memory", "training GB"] = row["training_gb"], "{:.2f}"
-    figures["memory", f"{BATCH} rows GB"] = many["peak_memory_gb"], "{:.2f}"
-    took = str(datetime.timedelta(seconds=round(row["seconds"])))
-    figures["training", "time"] = hour, took
+    """Return {title: (number or None, text)} of a size."""
+    one, many, hours = row["one"], row["many"], row["seconds"] / 3600
+    figures = {"parameters": (one["parameters"] / 1e6, "{:,.1f} M")}
+    figures |= {f"ROUGE-{name[5:]}": (row[name], "{:.1f}") for name in ("rouge1", "rouge2", "rougeL")}
+    for rows, timed in (("one row", one), (f"{BATCH} rows", many)):
+        figures |= {f"{rows}, {q} (ms)": (timed[f"{q}_ms"], "{:,.0f}") for q in ("p50", "p95")}
+    figures[f"rows/s, {BATCH} at a time"] = many["rows_per_second"], "{:,.1f}"
+    figures[f"memory, {BATCH} rows (GB)"] = many["peak_memory_gb"], "{:.2f}"
+    figures["memory, training (GB)"] = row["training_gb"], "{:.2f}"
+    figures["time, training"] = hours, describe_seconds(row["seconds"])
     if price is not None:
-        figures["training", "cost"] = price * hour, "{:,.2f}"
-        figures["", "cost of 1,000 rows"] = price / 3.6 / many["rows_per_second"], "{:,.4f}"
-    return {key: (value, "–" if value is None else text.format(value)) for key, (value, text) in figures.items()}
+        figures["cost, training"] = price * hours, "{:,.2f}"
+        figures["cost, 1,000 rows"] = price / 3.6 / many["rows_per_second"], "{:,.4f}"
+    return {title: (value, "–" if value is None else text.format(value)) for title, (value, text) in figures.items()}
 
 
-def find_best(table):
-    """Return {(group, title): best number} of a table of list_figures(), where there is more than one."""
-    best = {}
-    for key in table[0]:
-        values = [figures[key][0] for figures in table if figures[key][0] is not None]
-        if len(set(values)) > 1:
-            best[key] = (max if key[1] in MORE_IS_BETTER else min)(values)
-    return best
+def describe_seconds(seconds):
+    """Return seconds as hours, minutes and seconds."""
+    return str(datetime.timedelta(seconds=round(seconds)))
+
+
+def find_best(texts, title):
+    """Return the text of the best of [(number or None, text)]; None where all are alike."""
+    known = [(number, text) for number, text in texts if number is not None]
+    if len({text for _, text in known}) < 2:
+        return None
+    return (max if title.startswith(MORE_IS_BETTER) else min)(known)[1]
 
 
 def place_points(rows, width=640, height=300, left=50, bottom=50):
@@ -323,36 +325,39 @@ def name_shortly(size):
     return Path(size).resolve().name if Path(size).is_dir() else size
 
 
+def list_notes(rows, faults):
+    """Return what a reader of the table must know besides: sizes that are missing, figures that do not compare."""
+    notes = [f"{fault.partition(': ')[0]} is missing: {fault.partition(': ')[2]}" for fault in faults]
+    if len(devices := sorted({describe_device(row) for row in rows})) > 1:
+        notes.append(f"the sizes were timed on different machines: {'; '.join(devices)}")
+    if len(counts := sorted({str(row["eval_rows"]) for row in rows})) > 1:
+        notes.append(f"ROUGE is of different rows: {', '.join(counts)} were evaluated on")
+    return notes
+
+
+def describe_device(row):
+    """Return on what a size was timed."""
+    return f"{row['one']['device']}, {row['one']['dtype']}"
+
+
 def write_tables(rows, faults, args):
-    """Write size_table.md and size_table.html into the output folder."""
-    table = [list_figures(row, args.price_per_hour) for row in rows]
-    best = find_best(table)
-    notes = [f"{name_shortly(fault.partition(': ')[0])} is missing: {fault.partition(': ')[2]}" for fault in faults]
-    devices = sorted({f"{row['one']['device']}, {row['one']['dtype']}" for row in rows})
-    if len(devices) > 1:
-        notes.append(f"The sizes were not timed on the same machine: {'; '.join(devices)}")
-    counts = {str(row["eval_rows"]) for row in rows}
-    if len(counts) > 1:
-        notes.append(f"ROUGE is not of the same rows: {', '.join(sorted(counts))} were evaluated on")
-    price = "" if args.price_per_hour is None else f" Costs at {args.price_per_hour:g} an hour."
+    """Write size_table.md and size_table.html into the output folder: a row a figure, a column a size."""
+    columns, names = [list_figures(row, args.price_per_hour) for row in rows], [name_shortly(r["size"]) for r in rows]
+    table = [(title, [column[title] for column in columns]) for title in columns[0]]
+    table = [(title, [text for _, text in texts], find_best(texts, title)) for title, texts in table]
     head = (
-        f"Latency and rows/s: {args.num_batches} batches of one and of {BATCH} rows of {args.input_file}, decoded as "
+        f"Timed: {args.num_batches} batches of one and of {BATCH} rows of {args.input_file}, decoded as in evaluation "
     )
-    head += f"in evaluation, on {devices[0]}. ROUGE of {rows[0]['eval_rows']} rows.{price}"
-    titles = ["size", *(" ".join(filter(None, key)) for key in table[0])]
-    cells = [
-        [name_shortly(row["size"]), *(text for _, text in line.values())]
-        for row, line in zip(rows, table, strict=True)
-    ]
-    lines = [titles, ["---", *["--:"] * len(table[0])], *cells]
-    markdown = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    ending = "".join(f"\n- {note}" for note in notes)
-    write_whole(args.output_dir / TABLES[1], f"{head}\n\n{markdown}\n{ending}\n\n<!-- {MADE_BY} -->\n")
+    head += f"({describe_device(rows[0])}). ROUGE: {rows[0]['eval_rows']} rows."
+    head += "" if args.price_per_hour is None else f" Costs: at {args.price_per_hour:g} an hour."
+    notes = list_notes(rows, faults)
+    cells = [["", *names], ["---", *["--:"] * len(rows)], *([title, *texts] for title, texts, _ in table)]
+    lines = [head, "", *(f"| {' | '.join(line)} |" for line in cells), "", *(f"- {note}" for note in notes)]
+    write_whole(args.output_dir / TABLES[1], "\n".join([*lines, f"<!-- {MADE_BY} -->", ""]))
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     page = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True).get_template(PAGE)
-    shown = {"rows": rows, "table": table, "best": best, "notes": notes, "head": head, "made_by": MADE_BY}
-    html = page.render(**shown, names=[line[0] for line in cells], picture=place_points(rows))
-    write_whole(args.output_dir / TABLES[0], html)
+    shown = {"names": names, "table": table, "notes": notes, "head": head, "made_by": MADE_BY}
+    write_whole(args.output_dir / TABLES[0], page.render(**shown, picture=place_points(rows)))
 
 
 def main(argv=None):
@@ -376,7 +381,7 @@ def main(argv=None):
         rows.append(row)
         scores = "/".join(f"{row[name]:.1f}" for name in ("rouge1", "rouge2", "rougeL"))
         print(
-            f"ROUGE-1/2/L {scores}, trained in {datetime.timedelta(seconds=round(row['seconds']))}, one row "
+            f"ROUGE-1/2/L {scores}, trained in {describe_seconds(row['seconds'])}, one row "
             f"{row['one']['p50_ms']:.0f} ms, {row['many']['rows_per_second']:.1f} rows/s",
             flush=True,
         )
