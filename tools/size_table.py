@@ -305,10 +305,11 @@ def place_points(rows, width=640, height=300, left=50, bottom=50):
         return round((top - value) / (top - floor) * (height - bottom), 1)
 
     points, taken = [], []
-    for row in sorted(rows, key=lambda row: -row["rougeL"]):
+    for row in sorted(rows, key=lambda row: row["rougeL"]):
         at, end, up = x(row["one"]["p50_ms"]), x(row["one"]["p95_ms"]), y(row["rougeL"])
-        label = next(spot for spot in range(int(up) - 9, 9999) if all(abs(spot - other) > 13 for other in taken))
-        taken.append(label)
+        near = [other for place, other in taken if abs(place - at) < 110]
+        label = next(spot for spot in range(int(up) - 9, -9999, -1) if all(abs(spot - other) > 13 for other in near))
+        taken.append((at, label))
         points.append({"name": name_shortly(row["size"]), "x": at, "end": end, "y": up, "label": label})
     step = 10 ** math.floor(math.log10(top - floor)) / 2
     step *= 1 if (top - floor) / step < 8 else 4
