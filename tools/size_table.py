@@ -25,10 +25,13 @@ import math
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.parse
+import urllib.request
 from pathlib import Path
 
 import jinja2
@@ -119,13 +122,22 @@ def explain_unknown(size):
     from transformers import AutoConfig
 
     try:
-        AutoConfig.from_pretrained(size)
+        AutoConfig.from_pretrained(size, local_files_only=not finds_hub())
     except (OSError, ValueError):
         near = difflib.get_close_matches(size, KNOWN, 1, 0.7)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(KNOWN[:5])}, ..."
         hint = "without the hub, give its folder" if size in KNOWN else hint
         return f"neither a folder nor a model that the hub, or its cache here, has; {hint}"
     return None
+
+
+def finds_hub():
+    """Return whether the hub's address resolves, or a proxy may do that; without, the library tries for 25 s."""
+    try:
+        host = urllib.parse.urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname
+        return bool(urllib.request.getproxies() or socket.getaddrinfo(host, None))
+    except OSError:
+        return False
 
 
 def name_size(size):
@@ -163,7 +175,7 @@ def measure_size(size, args):
     figures["training_gb"] = (
         max(map(float, STEP.findall(log.read_text(encoding="utf-8"))), default=None) if trains else None
     )
-    figures |= {"one": time_batches(folder, 1, args), "many": time_batches(folder, BATCH, args)}
+    figures |= {"one": time_batches(folder, 1, args, log), "many": time_batches(folder, BATCH, args, log)}
     figures = {"size": size, "request": describe_request(size, folder, trains, args), **figures}
     write_whole(target, json.dumps(figures, indent=2) + "\n")
     return figures
@@ -231,7 +243,7 @@ def sum_earlier_seconds(log):
     return sum(ended - begun for begun, ended, steps, _ in parts[:last] if steps)
 
 
-def time_batches(folder, batch_size, args):
+def time_batches(folder, batch_size, args, log):
     """Return benchmarks/latency.py's figures of a model, in a process of its own: its memory is not the others'."""
     try:
         settings = json.loads((folder / "run.json").read_text(encoding="utf-8"))["settings"]
@@ -245,7 +257,7 @@ def time_batches(folder, batch_size, args):
             ("max_source_length", settings.get("max_source_length")),
         ):
             words += [f"--{flag}", str(value)] if value else []
-        run_logged([sys.executable, str(LATENCY), *words], args.output_dir / "latency.log")
+        run_logged([sys.executable, str(LATENCY), *words], log)
         return json.loads(Path(scratch, "t.json").read_text(encoding="utf-8"))
 
 
@@ -315,9 +327,12 @@ def place_points(rows, width=640, height=300, left=50, bottom=50):
     step *= 1 if (top - floor) / step < 8 else 4
     heights = [step * i for i in range(math.ceil(floor / step), math.floor(top / step) + 1)]
     decades = range(math.floor(low), math.ceil(high) + 1)
-    widths = [digit * 10.0**power for power in decades for digit in (1, 2, 5)]
-    widths = [value for value in widths if low <= math.log10(value) <= high]
-    ticks = {"ys": [(y(v), f"{v:g}") for v in heights], "xs": [(x(v), f"{v:,g}") for v in widths]}
+    for digits in ((1, 2, 5), (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)):
+        widths = [digit * 10.0**power for power in decades for digit in digits]
+        widths = [value for value in widths if low <= math.log10(value) <= high]
+        if len(widths) > 2:
+            break
+    ticks = {"ys": [(y(v), f"{v:g}") for v in heights], "xs": [(x(v), f"{v:,.6g}") for v in widths]}
     return {"points": points, **ticks, "width": width, "height": height, "left": left, "bottom": height - bottom}
 
 
