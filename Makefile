@@ -26,7 +26,7 @@ INSTRUCT_DATA ?= data/instruct
 .PHONY: prep-reviews prep-instruct
 .PHONY: train-t5-small train-t5-large train-t5-11b train-llama2-7b train-llama3-8b
 .PHONY: generate summarize-products serve try
-.PHONY: copy
+.PHONY: copy size-table
 .PHONY: bench-training bench-instruct bench-generation bench-start-up bench-adafactor bench-gpu
 
 # A tiny T5 made here, on synthetic reviews made here: two CPU processes of ZeRO-3, or the GPUs that are there.
@@ -216,6 +216,16 @@ SCRIPT ?= run_summarization.py
 DS_CONFIGS ?=
 copy:
 	$(PYTHON) tools/copy_script.py --script "$(SCRIPT)" --to "$(TO)" $(if $(DS_CONFIGS),--ds_configs $(DS_CONFIGS))
+
+# ------------------------------------------------------------------------------------------------ sizes
+
+# SIZES, names on the hub or folders of runs that have ended, trained alike and in one table; PRICE of an hour for costs.
+SIZES ?= t5-small t5-base t5-large
+PRICE ?=
+size-table: $(VENV)/.core
+	$(BIN)/python tools/size_table.py --sizes $(SIZES) --output_dir $(OUT)/sizes \
+		--input_file $(VALIDATION_FILE) $(if $(PRICE),--price_per_hour $(PRICE)) -- $(REVIEW_FLAGS) --num_train_epochs 8 \
+		--per_device_train_batch_size 16 --gradient_accumulation_steps 4 --per_device_eval_batch_size 32 $(EXTRA)
 
 # ------------------------------------------------------------------------------------------------ benchmarks
 

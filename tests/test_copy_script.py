@@ -17,6 +17,8 @@ COMPANIONS = [*OF_GUARDS, "fast_batches.py", "guards.py", "model_checks.py", "re
 COMPANIONS += ["zero_adafactor.py"]
 GENERATION = [*OF_GUARDS, "chat_turns.py", "generation_store.py", "guards.py", "lora.py", "model_checks.py"]
 GENERATION += ["data_prep/whole_files.py", "tables.py", "tools/merge_lora.py"]
+SIZE_TABLE = ["benchmarks/generation_speed.py", "benchmarks/latency.py", "cpu_dropout.py", "data_prep/brief_parser.py"]
+SIZE_TABLE += ["run_generation.py", "run_summarization.py"]
 CHAT = ["chat_turns.py", "data_prep/whole_files.py", "lora.py", "tools/merge_lora.py"]
 CHAT += [f"prompt_templates/{name}.jinja" for name in ("alpaca", "chatml", "llama2")]
 
@@ -39,6 +41,7 @@ def list_files(folder: Path) -> list[str]:
         ("check_run.py", ["check_run_page.html.jinja", "check_run_shim.py"]),
         ("guards.py", OF_GUARDS),
         ("tools/try_model.py", ["run_generation.py", "tools/try_page.py", *GENERATION]),
+        ("tools/size_table.py", sorted({"tools/size_table.html.jinja", *SIZE_TABLE, *COMPANIONS, *GENERATION})),
         ("tools/merge_lora.py", ["data_prep/whole_files.py"]),
         ("tools/plan_run.py", ["data_prep/whole_files.py", "tools/init_model.py", "zero_adafactor.py"]),
     ],

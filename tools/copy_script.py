@@ -26,8 +26,9 @@ ROOT = Path(__file__).resolve().parents[1]
 OFFLOADED = {"offload_optimizer": "optimizer", "offload_param": "weights"}  # a DeepSpeed file's keys
 # What files of this repository use beside their imports: programs that they start, templates that they read.
 STARTED = {"lora.py": ["tools/merge_lora.py"], "tools/try_model.py": ["tools/try_page.py"]}
+STARTED |= {"tools/size_table.py": ["run_summarization.py", "benchmarks/latency.py"]}
 ALSO_READ = {"run_clm_instruct.py": sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("prompt_templates/*.jinja"))}
-ALSO_READ |= {"check_run.py": ["check_run_page.html.jinja"]}
+ALSO_READ |= {"check_run.py": ["check_run_page.html.jinja"], "tools/size_table.py": ["tools/size_table.html.jinja"]}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Arguments
