@@ -39,6 +39,10 @@ def list_files(folder: Path) -> list[str]:
         ("check_run.py", ["check_run_page.html.jinja", "check_run_shim.py"]),
         ("guards.py", OF_GUARDS),
         ("tools/try_model.py", ["run_generation.py", "tools/try_page.py", *GENERATION]),
+        (
+            "tools/evaluation_report.py",
+            ["reports.py", *OF_GUARDS, "guards.py", "model_checks.py", "tools/evaluation_report.html.jinja"],
+        ),
         ("tools/merge_lora.py", ["data_prep/whole_files.py"]),
         ("tools/plan_run.py", ["data_prep/whole_files.py", "tools/init_model.py", "zero_adafactor.py"]),
     ],

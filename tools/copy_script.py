@@ -28,6 +28,7 @@ OFFLOADED = {"offload_optimizer": "optimizer", "offload_param": "weights"}  # a 
 STARTED = {"lora.py": ["tools/merge_lora.py"], "tools/try_model.py": ["tools/try_page.py"]}
 ALSO_READ = {"run_clm_instruct.py": sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("prompt_templates/*.jinja"))}
 ALSO_READ |= {"check_run.py": ["check_run_page.html.jinja"]}
+ALSO_READ |= {f"tools/{name}.py": [f"tools/{name}.html.jinja"] for name in ("evaluation_report", "compare_decoding")}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Arguments
