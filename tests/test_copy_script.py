@@ -43,6 +43,10 @@ def list_files(folder: Path) -> list[str]:
             "tools/evaluation_report.py",
             ["reports.py", *OF_GUARDS, "guards.py", "model_checks.py", "tools/evaluation_report.html.jinja"],
         ),
+        (
+            "tools/compare_decoding.py",
+            ["run_generation.py", "reports.py", "tools/compare_decoding.html.jinja", *GENERATION],
+        ),
         ("tools/merge_lora.py", ["data_prep/whole_files.py"]),
         ("tools/plan_run.py", ["data_prep/whole_files.py", "tools/init_model.py", "zero_adafactor.py"]),
     ],

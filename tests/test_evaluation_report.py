@@ -48,7 +48,7 @@ def test_the_page_of_a_run_has_the_run_s_own_scores_and_every_curve(trained, tmp
 
 
 def test_worst_and_best_are_by_score_and_the_groups_by_length_hold_all_rows(tmp_path):
-    rows = tool.score_rows(tool.read_rows(make_texts(tmp_path) / "generated_predictions.jsonl"), "en")
+    rows = tool.score_rows(tool.read_predictions(make_texts(tmp_path) / "generated_predictions.jsonl"), "en")
     worst, best = tool.choose_rows(rows)
     assert [row["row"] for row in worst] == list(range(10)) and [row["row"] for row in best] == list(range(39, 29, -1))
     assert [row["rougeL"] for row in rows[::10]] == [0, 25, 50, 75]

@@ -29,12 +29,12 @@ import closing
 import reports
 
 TEXTS, RESULTS, STATE = "generated_predictions.jsonl", "all_results.json", "trainer_state.json"
-PARTS = ("source", "reference", "prediction")
+SIDES = ("source", "reference", "prediction")
 SCORES = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"}
 GROUPS, SHOWN, BARS = 5, 10, 24  # groups of like length, worst and best rows, bars of a histogram
 SHORTENED = 400  # characters of a source
 NEAR = 0.05  # points of ROUGE by which the mean of the rows and the run's own figure may differ unsaid
-PAGE = "evaluation_report.html"
+REPORT = "evaluation_report.html"
 MARK = '<meta name="generator" content="plaintune evaluation_report.py">'  # by which the page knows its own kind
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -55,21 +55,21 @@ def find_problems(folder):
         return [f"--output_dir {folder}: there is no such folder; give a training run's --output_dir"]
     if not (folder / TEXTS).is_file():
         return [f"--output_dir {folder}: has no {TEXTS}; evaluate with --predict_with_generate first"]
-    page = folder / PAGE
+    page = folder / REPORT
     if page.exists() and MARK not in page.read_text(encoding="utf-8", errors="replace")[:1000]:
-        return [f"--output_dir {folder}: {PAGE} there is not this tool's and is kept; move it away"]
+        return [f"--output_dir {folder}: {REPORT} there is not this tool's and is kept; move it away"]
     return [] if os.access(folder, os.W_OK) else [f"--output_dir {folder}: may not be written to; copy it elsewhere"]
 
 
-def read_rows(path):
+def read_predictions(path):
     """Return the rows of generated_predictions.jsonl. Raises ValueError with the line that is none."""
     rows = []
     for number, line in enumerate(path.read_text(encoding="utf-8").rstrip("\n").split("\n"), 1):
         try:
             row = json.loads(line)
-            rows.append({"row": row.get("row", number - 1), **{part: str(row[part]) for part in PARTS}})
+            rows.append({"row": row.get("row", number - 1), **{part: str(row[part]) for part in SIDES}})
         except (ValueError, LookupError, TypeError, AttributeError):
-            raise ValueError(f"{path}: line {number} is no row with {', '.join(PARTS)}; evaluate again") from None
+            raise ValueError(f"{path}: line {number} is no row with {', '.join(SIDES)}; evaluate again") from None
     return rows
 
 
@@ -90,7 +90,7 @@ def score_rows(rows, language):
     with contextlib.redirect_stdout(io.StringIO()):  # --rouge_language en of other scripts is said once, by main
         for row in tqdm(rows, desc="ROUGE of each row", unit="row"):
             scores = reports.compute_rouge([row["prediction"]], [row["reference"]], language)
-            scored.append({**row, **scores, "words": {part: len(count(row[part])) for part in PARTS}})
+            scored.append({**row, **scores, "words": {part: len(count(row[part])) for part in SIDES}})
     return scored
 
 
@@ -111,7 +111,7 @@ def describe_scores(rows, results, language):
 def count_lengths(rows):
     """Return for each part its title, median and longest in words, and a histogram's heights and labels."""
     charts = []
-    for part in PARTS:
+    for part in SIDES:
         words = np.array([row["words"][part] for row in rows])
         step = -(-(int(words.max()) + 1) // BARS)
         heights = np.bincount(words // step).tolist()
@@ -152,23 +152,23 @@ def choose_rows(rows):
     return order[:count], order[: -count - 1 : -1]
 
 
-def write_page(folder, rows, language):
+def save_report(folder, rows, language):
     """Write the page aside and rename it; returns (its path, a remark on the scores or None)."""
     results, state = read_figures(folder / RESULTS), read_figures(folder / STATE)
     means, remark = describe_scores(rows, results, language)
     worst, best = choose_rows(rows)
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    text = environment.get_template(f"{PAGE}.jinja").render(
+    text = environment.get_template(f"{REPORT}.jinja").render(
         **{"mark": MARK, "folder": folder, "rows": rows, "scores": SCORES, "means": means, "remark": remark},
         **{"lengths": count_lengths(rows), "groups": group_by_length(rows), "shortened": SHORTENED, "state": STATE},
         **{"curves": make_curves(state.get("log_history", [])), "sides": {"worst": worst, "best": best}},
         stopped=results.get("predict_stopped", results.get("eval_stopped")),
     )
-    aside = folder / f".{PAGE}.unfinished"
+    aside = folder / f".{REPORT}.unfinished"
     aside.write_text(text, encoding="utf-8")
-    aside.replace(folder / PAGE)
-    return folder / PAGE, remark
+    aside.replace(folder / REPORT)
+    return folder / REPORT, remark
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -179,7 +179,7 @@ def main(argv=None):
     folder = Path(args.output_dir)
     problems = find_problems(folder)
     try:
-        rows = [] if problems else read_rows(folder / TEXTS)
+        rows = [] if problems else read_predictions(folder / TEXTS)
     except ValueError as error:
         problems = [str(error)]
     if problems:
@@ -187,7 +187,7 @@ def main(argv=None):
         return 2
     if args.rouge_language == "en":
         reports.compute_rouge([""] * len(rows), [row["reference"] for row in rows], "en")  # says what it cannot see
-    page, remark = write_page(folder, score_rows(rows, args.rouge_language), args.rouge_language)
+    page, remark = save_report(folder, score_rows(rows, args.rouge_language), args.rouge_language)
     print(f"{remark}\n" * (remark is not None) + f"written: {page} ({len(rows)} rows)")
     return 0
 
