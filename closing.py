@@ -60,6 +60,11 @@ def describe_end(trainer, task: str, model_args, data_args, columns: tuple) -> s
     there = [name for name in names if (folder / name).exists()]
     what = "model" if trainer.args.do_train else "results"
     lines.append(f"{what}: {folder} (with {', '.join(there)})")
+    report = HERE / "tools/evaluation_report.py"
+    if "generated_predictions.jsonl" in there and report.exists():
+        words = ["python", shorten_path(report), "--output_dir", str(folder)]
+        words += ["--rouge_language", data_args.rouge_language] * (data_args.rouge_language != "en")
+        lines.append(f"read it:   {shlex.join(words)}")
     if trainer.args.do_train:
         lines += describe_next(folder, trainer, model_args, data_args, columns)
     return "\n".join(lines)
@@ -67,8 +72,8 @@ def describe_end(trainer, task: str, model_args, data_args, columns: tuple) -> s
 
 def describe_texts(folder: Path, results: dict, part: str, history: list, task: str, data_args) -> str:
     """How many texts ended by themselves, and their ROUGE beside the lead's and the untuned model's where known."""
-    lines = (folder / "generated_predictions.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines]
+    with open(folder / "generated_predictions.jsonl", encoding="utf-8") as stream:  # splitlines() breaks at U+2028 too
+        rows = [json.loads(line) for line in stream]
     ended = round(results[f"{part}_stopped"] * len(rows))
     said = f"texts: {len(rows)}, {ended} ended by themselves, {len(rows) - ended} ran into the limit"
     if len(rows) - ended > MANY * len(rows):

@@ -21,7 +21,7 @@ try:
 except ModuleNotFoundError:  # then argparse itself answers --help, and later
     flag_help = None
 
-# Flags of older versions, transformers' and ours, and what says the same today.
+# Flags of older versions, transformers' and ours, and of tools, and what says the same today.
 REPLACED_FLAGS = {
     "--overwrite_output_dir": "nothing is overwritten: name another --output_dir or remove the old folder",
     "--evaluation_strategy": "use --eval_strategy",
@@ -39,6 +39,7 @@ REPLACED_FLAGS = {
     "--resize_position_embeddings": "give a --max_source_length within the model's positions",
     "--train_on_prompt": "use --assistant_only_loss false",
     "--measure_latency": "benchmarks/latency.py times rows one by one",
+    "--compare_decoding": "python tools/compare_decoding.py compares ways to decode, with the other flags as they are",
 }
 MOST_SENTENCES = 5
 
@@ -72,9 +73,9 @@ def is_flag(word: str) -> bool:
 
 
 def find_unknown_flags(argv: list[str], known: set[str]) -> list[str]:
-    """A sentence for each flag that is gone or that begins none of the known ones."""
+    """A sentence for each flag that another replaces or that begins none of the known ones."""
     flags = {word.split("=")[0].replace("-", "_").replace("__", "--", 1): None for word in argv if is_flag(word)}
-    problems = [f"{flag} is gone: {REPLACED_FLAGS[flag]}" for flag in flags if flag in REPLACED_FLAGS]
+    problems = [f"{flag} is no flag: {REPLACED_FLAGS[flag]}" for flag in flags if flag in REPLACED_FLAGS]
     unknown = [f for f in flags if f not in REPLACED_FLAGS and not any(name.startswith(f) for name in known)]
     names = [name[2:] for name in known if not name.startswith("--no_")]
     problems += [f"{f}: no such flag{suggest(f[2:], names, '--') or '; --help lists all'}" for f in unknown]

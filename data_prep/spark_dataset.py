@@ -45,7 +45,7 @@ from prepare_reviews import find_java_problem, start_spark
 from table_files import refuse
 from whole_files import Output, describe_command
 
-KINDS = (".parquet", ".json", ".jsonl", ".csv")
+READ_BY_SPARK = (".parquet", ".json", ".jsonl", ".csv")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Spark
@@ -57,7 +57,7 @@ def to_dataset(table, work_dir):
     dataset.cache_files names the folder; the driver and all workers must see work_dir.
     """
     if isinstance(table, str | os.PathLike):
-        table = read_table(start_spark(None), os.path.abspath(table))
+        table = read_with_spark(start_spark(None), os.path.abspath(table))
     folder = Path(work_dir).absolute() / f"spark_dataset-{uuid.uuid4().hex}"
     written = folder / "parquet"
     table.write.parquet(str(written))
@@ -71,7 +71,7 @@ def to_dataset(table, work_dir):
     return dataset
 
 
-def read_table(spark, path):
+def read_with_spark(spark, path):
     """Return a Spark table of a file or folder: Delta by its log, else by the first ending found; CSV as text."""
     if is_delta(path):
         from deltalake import DeltaTable
@@ -90,7 +90,7 @@ def is_delta(path):
 def find_kind(path):
     """Return the ending of the file, or of the folder's files; '' where it holds none that is known."""
     found = [Path(path), *sorted(Path(path).rglob("*"))]
-    return next((file.suffix for file in found if file.is_file() and file.suffix in KINDS), "")
+    return next((file.suffix for file in found if file.is_file() and file.suffix in READ_BY_SPARK), "")
 
 
 def find_delta_problem(path):
@@ -134,7 +134,9 @@ def check_args(args):
         problem = find_delta_problem(args.input_table)
         problems += [f"--input_table {args.input_table}: {problem}"] if problem else []
     elif not find_kind(args.input_table):
-        problems.append(f"--input_table {args.input_table}: holds no {', '.join(KINDS)} file and no Delta table")
+        problems.append(
+            f"--input_table {args.input_table}: holds no {', '.join(READ_BY_SPARK)} file and no Delta table"
+        )
     if Path(args.output_file).suffix not in (".parquet", ".delta"):
         problems.append(f"--output_file {args.output_file}: the name must end in .parquet or .delta")
     elif Path(args.output_file).suffix == ".delta" and importlib.util.find_spec("deltalake") is None:
@@ -152,7 +154,7 @@ def write_parquet(args, path):
     """Write the Spark table as one Parquet file, or as a Delta table."""
     work_dir = Path(args.work_dir or path.parent.parent) / f".{path.name}.spark"
     shutil.rmtree(work_dir, ignore_errors=True)  # of a run that was killed
-    dataset = to_dataset(read_table(start_spark(args.master), os.path.abspath(args.input_table)), work_dir)
+    dataset = to_dataset(read_with_spark(start_spark(args.master), os.path.abspath(args.input_table)), work_dir)
     if path.suffix == ".delta":
         from deltalake import write_deltalake
 

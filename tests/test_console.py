@@ -78,6 +78,9 @@ def test_the_commands_of_the_last_lines_run_as_they_are_printed(two_ranks):
     (tried,) = re.findall(r"^try it: +(.*)$", printed, re.M)
     run([sys.executable, *shlex.split(tried)[1:]], cwd=folder)
     assert len((folder / "out_texts.csv").read_text().splitlines()) == 14
+    (read,) = re.findall(r"^read it: +(.*)$", printed, re.M)
+    run([sys.executable, *shlex.split(read)[1:]], cwd=folder)
+    assert (folder / "out/evaluation_report.html").is_file()
     (again,) = re.findall(r"^train on: +(.*)$", printed, re.M)
     words = shlex.split(again)
     assert words[:3] == ["deepspeed", "--num_gpus", "2"] and words[-2:] == ["--max_steps", "20"]

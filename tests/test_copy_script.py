@@ -42,6 +42,14 @@ def list_files(folder: Path) -> list[str]:
         ("guards.py", OF_GUARDS),
         ("tools/try_model.py", ["run_generation.py", "tools/try_page.py", *GENERATION]),
         ("tools/size_table.py", sorted({"tools/size_table.html.jinja", *SIZE_TABLE, *COMPANIONS, *GENERATION})),
+        (
+            "tools/evaluation_report.py",
+            ["reports.py", *OF_GUARDS, "guards.py", "model_checks.py", "tools/evaluation_report.html.jinja"],
+        ),
+        (
+            "tools/compare_decoding.py",
+            ["run_generation.py", "reports.py", "tools/compare_decoding.html.jinja", *GENERATION],
+        ),
         ("tools/merge_lora.py", ["data_prep/whole_files.py"]),
         ("tools/plan_run.py", ["data_prep/whole_files.py", "tools/init_model.py", "zero_adafactor.py"]),
     ],

@@ -194,7 +194,7 @@ def test_a_file_that_would_overrule_the_flags_of_generation_is_refused(arguments
 
 @pytest.mark.parametrize("flag", flag_checks.REPLACED_FLAGS)
 def test_a_flag_that_is_gone_says_what_to_do(arguments, flag):
-    assert arguments(flag, 1) == f"{flag} is gone: {flag_checks.REPLACED_FLAGS[flag]}"
+    assert arguments(flag, 1) == f"{flag} is no flag: {flag_checks.REPLACED_FLAGS[flag]}"
 
 
 def test_packing_of_a_model_that_cannot_be_packed_is_refused(monkeypatch):

@@ -28,7 +28,9 @@ OFFLOADED = {"offload_optimizer": "optimizer", "offload_param": "weights"}  # a 
 STARTED = {"lora.py": ["tools/merge_lora.py"], "tools/try_model.py": ["tools/try_page.py"]}
 STARTED |= {"tools/size_table.py": ["run_summarization.py", "benchmarks/latency.py"]}
 ALSO_READ = {"run_clm_instruct.py": sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("prompt_templates/*.jinja"))}
-ALSO_READ |= {"check_run.py": ["check_run_page.html.jinja"], "tools/size_table.py": ["tools/size_table.html.jinja"]}
+ALSO_READ |= {"check_run.py": ["check_run_page.html.jinja"]}
+PAGES = ("evaluation_report", "compare_decoding", "size_table")
+ALSO_READ |= {f"tools/{name}.py": [f"tools/{name}.html.jinja"] for name in PAGES}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Arguments
