@@ -105,8 +105,7 @@ def start_ranks(args, mode: str, names: list[str], folder: Path):
     ranks = []
     for rank in range(size):
         own = shared | ({"RANK": rank, "LOCAL_RANK": rank} if size > 1 else {})
-        own = {name: str(value) for name, value in own.items()}
-        given = (plan, [args.script, *args.arguments], own, pipe[1])
+        given = (plan, [args.script, *args.arguments], {k: str(v) for k, v in own.items()}, pipe[1])
         ranks.append(multiprocessing.get_context("fork").Process(target=check_run_shim.run_script, args=given))
         ranks[-1].start()
     return ranks, pipe  # with both ends: closed here, the other end would read as an event
@@ -160,14 +159,19 @@ def run_stage(args, mode: str, names: list[str], folder: Path, tell) -> tuple[st
     return explain_end(why, output), output.splitlines()[-LAST_LINES:]
 
 
+def not_tried(why: str) -> dict:
+    return {"status": "not tried", "figure": None, "bound": None, "detail": why, "data": {}}
+
+
 def make_checks(args, folder: Path) -> tuple[dict, dict]:
     """Run all stages; checks by name, and what was found out about the run (or `ended`, and its last lines)."""
     checks, about, broken, start = {}, {}, "", time.monotonic()
 
     def tell(event: dict) -> None:
         if "check" in event:
-            checks[event.pop("check")] = event
-            print_line(list(checks)[-1], event, f"{time.monotonic() - start:.0f} s")
+            name = event.pop("check")
+            checks[name] = not_tried(event["why"]) if "why" in event else event
+            print_line(name, checks[name], f"{time.monotonic() - start:.0f} s")
         else:
             about.update(event)
             print(event["model"], flush=True)
@@ -187,9 +191,8 @@ def make_checks(args, folder: Path) -> tuple[dict, dict]:
             broken = why if mode == "one" else ""
         for name in names:
             if name not in checks and name not in args.skip:
-                tell({"check": name, "status": "not tried", "figure": None, "bound": None, "detail": why, "data": {}})
-    none = {"status": "not tried", "figure": None, "bound": None, "detail": "left out by --skip", "data": {}}
-    return checks | dict.fromkeys(args.skip, none), about
+                tell({"check": name, "why": why})
+    return checks | dict.fromkeys(args.skip, not_tried("left out by --skip")), about
 
 
 # ------------------------------------------------------------------------------------------------ reports

@@ -273,8 +273,7 @@ def train_instead(trainer, *args, **settings) -> None:
         send(about | {"deepspeed": bool(SEEN["deepspeed"])})
     for name in PLAN["names"]:
         made = stage.results[name] = attempt(getattr(Checks, name.replace(" ", "_").lower()), stage)
-        none = {"status": "not tried", "figure": None, "bound": None, "detail": made, "data": {}}
-        send({"check": name, **(made if isinstance(made, dict) else none)})
+        send({"check": name, **(made if isinstance(made, dict) else {"why": made})})
     if MODE == "one":
         kept = {name: attempt(make, stage) for name, make in REFERENCES.items()} | {"start": stage.start}
         torch.save(kept, FOLDER / "reference.pt")
@@ -761,12 +760,12 @@ class Checks(RunChecks):
     @cached_property
     def rows(self) -> list[dict]:
         """The first rows, without fillers (a row of one token that asks for nothing)."""
-        made = [self.read_row(row) | {"row": number} for number, row in enumerate(self.first_rows)]
+        longest = max(self.first_rows, key=lambda row: len(row.get("input_ids", row.get("labels", []))))
+        made = [self.read_row(row, longest) | {"row": number} for number, row in enumerate(self.first_rows)]
         return [row for row in made if len(row["ids"]) > 1 or row["labels"] != [-100] * len(row["labels"])]
 
-    def read_row(self, row) -> dict:
+    def read_row(self, row, longest) -> dict:
         """One row beside a long one: ids and labels without padding, where its examples start, labels of padding."""
-        longest = max(self.first_rows, key=lambda other: len(other.get("input_ids", other.get("labels", []))))
         batch = self.collate([row, longest])
         batch = self.collate([row]) if is_packed(batch) or len(batch["labels"]) != 2 else batch
         labels, source, mask = batch["labels"][0].tolist(), batch["input_ids"][0].tolist(), batch.get("attention_mask")
@@ -794,6 +793,7 @@ class Checks(RunChecks):
         ends += [] if generating else [getattr(self.tokenizer, "eos_token_id", None)]
         return {token for token in ends if token is not None}
 
+    @cached_property
     def are_blocks(self) -> bool:
         """Whether rows are one text cut into pieces of one length, with stops inside and nothing that parts them."""
         rows, stops = self.rows, self.stops()
@@ -807,7 +807,7 @@ class Checks(RunChecks):
         asked = sum(label != -100 for row in rows for label in row["labels"])
         share = asked / max(1, sum(len(row["labels"]) for row in rows))
         said = f"{share:.0%} of the tokens of {len(rows)} rows are trained on"
-        said += ", each row ends with a stop that is" * (not bad and not self.are_blocks())
+        said += ", each row ends with a stop that is" * (not bad and not self.are_blocks)
         for row in rows[:VIEWED] if hasattr(self.tokenizer, "decode") else []:
             ids, flags = row["source"][:200] + row["ids"][:400], [label != -100 for label in row["labels"][:400]]
             texts = [self.tokenizer.decode([i]) if i >= 0 else "∅" for i in ids]
@@ -842,7 +842,7 @@ class Checks(RunChecks):
         longest = max(len(row["ids"]) for row in rows)
         for row in rows:
             bounds = [*row["starts"], len(row["ids"])]
-            if self.are_blocks():
+            if self.are_blocks:
                 pairs = list(zip(row["ids"], row["labels"], strict=True))[1:]
                 count += any(token in stops for token, _ in pairs)
                 hidden += [row["row"]] * any(token in stops and label == -100 for token, label in pairs)
@@ -905,7 +905,7 @@ class Checks(RunChecks):
             return judge(
                 worst, LOGITS, f"3 examples packed and alone: losses off by {worst:.1e}", "packed examples leak"
             )
-        blocks, stops, worst, where = self.are_blocks(), self.stops(), 0.0, ""
+        blocks, stops, worst, where = self.are_blocks, self.stops(), 0.0, ""
         inner = {r["row"]: [i + 1 for i, t in enumerate(r["ids"][:-1]) if t in stops and i] for r in rows if blocks}
         packed = [r | {"starts": [0, *inner[r["row"]]] if blocks else r["starts"]} for r in rows]
         packed = [row for row in packed if len(row["starts"]) > 1]

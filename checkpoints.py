@@ -37,7 +37,8 @@ try:
 except ModuleNotFoundError:
     portable_checkpoints = None
 
-LOCK, SETTINGS, MARKER, LOG = ".lock", "run.json", "complete.json", "run.log"
+LOCK, SETTINGS, MARKER = ".lock", "run.json", "complete.json"
+LOG_FILE = "run.log"
 
 # Flags that decide no weight: they may change from one start to the next, and take effect. The second list are those
 # that decide what is evaluated and written at the end.
@@ -277,7 +278,7 @@ def find_problems(args: argparse.Namespace) -> list[str]:
     if not os.access(nearest, os.W_OK | os.X_OK):
         return [f"{named} {nearest} may not be written to; name another folder"]
     # runs/ holds TensorBoard's curves, run.log what libraries say: an attempt writes them from its first second on.
-    held = sorted(p.name for p in folder.iterdir() if p.name not in ("runs", LOG)) if folder.exists() else []
+    held = sorted(p.name for p in folder.iterdir() if p.name not in ("runs", LOG_FILE)) if folder.exists() else []
     if args.do_train:
         ours = SETTINGS in held or any(name.startswith("checkpoint-") for name in held)
         if "trainer_state.json" in held and SETTINGS not in held and args.resume_from_checkpoint is None:
@@ -441,8 +442,8 @@ class RunFolder(TrainerCallback):
 def finish(folder: Path) -> None:
     """Vouch for a finished run's files, and let the folder go."""
     if read_settings(folder) is not None:
-        mark_complete(folder, skip=("checkpoint-", "runs", LOG))
+        mark_complete(folder, skip=("checkpoint-", "runs", LOG_FILE))
     else:
-        set_modes(folder, skip=("checkpoint-", "runs", LOG))
+        set_modes(folder, skip=("checkpoint-", "runs", LOG_FILE))
     if lock := open_locks.pop(str(folder.resolve()), None):
         lock.close()

@@ -4,7 +4,7 @@
 # dependencies = ["torch>=2.8", "transformers>=5.23", "datasets", "safetensors"]
 # ///
 """
-Refuses bad input early and all at once, starts ranks, keeps MLflow's one run, draws the curves.
+Refuses bad input early and all at once, starts ranks, keeps MLflow's one run, has its companions report.
 
 Optional beside run_summarization.py, run_clm_instruct.py and run_generation.py: they compute the same without it. In
 the order in which a run meets them: read_arguments, check_training or check_generation, start_ranks, start_run,
